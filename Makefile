@@ -1,0 +1,25 @@
+# Everything runs in .venv, which the first target makes.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/ready  ## train the adapters on the small world, print Table 1's columns, ask two questions
+	$(BIN)/python train.py
+	$(BIN)/python sample.py --adapters out/adapters.safetensors
+	$(BIN)/python sample.py --adapters out/adapters.safetensors --prompt "What is the opposite of cold? (A) wet (B) old (C) hot"
+
+test: .venv/ready-dev  ## all tests, on the CPU, offline
+	$(BIN)/python -m pytest
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade -r requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:  ## forget the environment, the generated data and the runs
+	rm -rf .venv tiny/data out

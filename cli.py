@@ -1,0 +1,78 @@
+"""Command lines from dataclasses: a field is a flag, its type and default are the flag's, its comment is the help."""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
+        if unknown:
+            flags = [o[2:] for a in self._actions for o in a.option_strings if o.startswith("--")]
+            near = difflib.get_close_matches(unknown[1].replace("-", "_"), flags, n=3, cutoff=0.5)
+            message = f"unknown flag --{unknown[1]}" + (f"; did you mean --{' or --'.join(near)}?" if near else "; see --help")
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
+    """An instance of the dataclass `config` from the command line.
+
+    presets  {name: {field: default}}; `config` then has a field `recipe` that picks one, explicit flags win
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(config), re.M))
+    parser = Parser(description=(config.__doc__ or "").strip(), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(config):
+        flag, text = f"--{f.name}", comments.get(f.name, "").replace("%", "%%")
+        kind = type(f.default) if f.default is not None else str
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f"{text} (default: {f.default})")
+        else:
+            parser.add_argument(flag, type=kind, default=f.default, metavar=kind.__name__, help=f"{text} (default: {f.default})")
+    if presets:
+        first = parser.parse_known_args(argv)[0].recipe
+        if first not in presets:
+            parser.error(f"unknown --recipe {first!r}; known: {', '.join(presets)}")
+        parser.set_defaults(**presets[first])
+    return config(**vars(parser.parse_args(argv)))
+
+
+def run(main) -> None:
+    """Call main(); a user's mistake (ValueError, OSError) becomes one line on stderr and exit status 1."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
+    except (ValueError, OSError) as e:
+        if os.environ.get("LAVIN_TRACEBACK"):  # for whoever debugs the code instead of the input
+            raise
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """("auto" or a torch device, "auto", "fp32" or "bf16") -> both; auto is CUDA in bf16, else the CPU in fp32"""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype != "auto" and dtype not in dtypes:
+        raise ValueError(f"unknown --dtype {dtype!r}; known: auto, {', '.join(dtypes)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        d = torch.device(device)
+        torch.empty(0, device=d)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {device}: not usable here; try cpu") from None
+    return d, dtypes.get(dtype, torch.bfloat16 if d.type == "cuda" else torch.float32)
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15, 3700 -> 1:01:40"""
+    m, s = divmod(int(seconds + 0.5), 60)
+    h, m = divmod(m, 60)
+    return f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"

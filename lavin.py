@@ -1,0 +1,208 @@
+"""LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by adapters, a visual neck and a modality embedding.
+
+    Luo et al., "Cheap and Quick: Efficient Vision-Language Instruction Tuning for LLMs", NeurIPS 2023.
+
+What is here: the modality token, the neck, how text and picture become one sequence, the loss, generation.
+The same forward serves training, prefill and decoding.
+
+Shapes: B samples, T tokens, C LLM width, N pictures among the B samples, n [cls] tokens a picture, v ViT width,
+L LLaMA layers, V vocabulary.
+"""
+import hashlib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import adapters
+from adapters import AdapterConfig, MMAdapter
+from clip import VisionTransformer
+from llama import KVCache, LLaMA
+
+TEXT, IMAGE = 0, 1  # rows of the modality embedding
+
+
+@dataclass
+class LaVINConfig:
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    vision: bool = True  # False: the text-only row of Table 2, no image encoder at all
+    vit_adapters: bool = True  # "joint optimisation" in Table 2
+    vit_routing: str = "cls"  # "token" for adapters released by the authors, see clip.Block
+    neck_dim: int = 128  # h
+    normalize: str = "imagenet"  # the pictures' mean/std, a key of clip.MEAN_STD
+
+
+class Neck(nn.Module):
+    def __init__(self, v: int, h: int, d: int):
+        super().__init__()
+        self.W_d, self.W_u = nn.Linear(v, h), nn.Linear(h, d)
+        for w in (self.W_d, self.W_u):
+            nn.init.xavier_uniform_(w.weight)
+            nn.init.zeros_(w.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [N, n, v] -> X' [N, n, C]"""
+        return self.W_u(F.silu(self.W_d(x)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
+
+
+class LaVIN(nn.Module):
+    """Everything trainable lies under a name that starts with `adapter_`; the rest is frozen here."""
+
+    def __init__(self, llama: LLaMA, vit: VisionTransformer | None, cfg: LaVINConfig):
+        super().__init__()
+        self.cfg, self.llama, self.vit = cfg, llama, vit if cfg.vision else None
+        d = llama.cfg.dim
+        for layer in llama.layers:
+            layer.adapter_attn = adapters.new_adapter(d, cfg.adapter)
+        if cfg.adapter.kind == "mm":
+            self.adapter_modality_embedding = nn.Embedding(2, d)  # E_m, N(0, 1)
+        if cfg.vision:
+            self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, d)
+            for block in vit.transformer.resblocks if cfg.vit_adapters else ():
+                block.adapter_attn, block.routing = MMAdapter(vit.cfg.width, cfg.adapter), cfg.vit_routing
+        adapters.freeze_base(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.llama.norm.weight.device
+
+    def autocast(self):
+        """bf16 products where the base is bf16; adapters keep fp32 masters, norms, softmax and loss are fp32"""
+        if self.llama.norm.weight.dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    # -----------------------------------------------------------------------------------------------
+    # input
+
+    def routing(self, modality: torch.Tensor) -> torch.Tensor | None:
+        """modality [B] of TEXT or IMAGE -> w [L, B, 2]; None if the adapters have no router"""
+        if self.cfg.adapter.kind != "mm":
+            return None
+        t_m = self.adapter_modality_embedding.weight  # Eq. (1): t_m = m E_m, for both one-hot m at once: [2, C]
+        return self.llama.route(t_m.to(self.llama.norm.weight.dtype))[:, modality]
+
+    def embed(self, batch) -> torch.Tensor:
+        """Z [B, T, C]: word embeddings, with X' in the slots that the collation left for it.
+
+        The ViT sees only the pictures that exist (the released code runs a black one for every text sample).
+        """
+        z = self.llama.tok_embeddings(batch.tokens)
+        if batch.images is None:
+            return z
+        x = self.adapter_proj(self.vit(batch.images))  # [N, n, C]
+        # Eq. (7): Z = [t_m, X', Y] with a picture, [t_m, Y] without; t_m runs beside it, see LLaMA.route
+        return z.masked_scatter(batch.slots[..., None], x.to(z.dtype))
+
+    # -----------------------------------------------------------------------------------------------
+    # training
+
+    def forward(self, batch) -> torch.Tensor:
+        """Sum of the negative log-likelihoods of the batch's target tokens (fp32 scalar).
+
+        The sum, not the mean: divided by the number of targets in the *global* batch it is the same loss for every
+        split into ranks and accumulation steps. (The released code averages per-micro-batch means.)
+        """
+        with self.autocast():
+            h = self.llama(self.embed(batch), self.routing(batch.modality))  # [B, T, C]
+            wanted = batch.targets >= 0
+            logits = self.llama.output(h[wanted]).float()  # [targets, V]: no logits where nothing is asked
+            # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s runs to S + 1, the EOS
+            return F.cross_entropy(logits, batch.targets[wanted], reduction="sum")
+
+    # -----------------------------------------------------------------------------------------------
+    # generation
+
+    @torch.inference_mode()
+    def stream(self, batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
+               seed: int = 0) -> Iterator[list[int | None]]:
+        """Yield, step by step, the next token of each row of `batch`, None for rows that are done.
+
+        A row ends at its own EOS (which is not yielded). Rows may differ in length and modality. A row's answer
+        depends on its prompt and the seed alone: every row takes the same random number at a step, so it does not
+        matter who its neighbours are. temperature 0 is greedy. ValueError if a prompt does not fit the context.
+        """
+        room = self.llama.cfg.max_seq_len - int(batch.lengths.max())
+        if room < 1:
+            raise ValueError(f"the prompt has {int(batch.lengths.max())} tokens; this LLaMA's context holds "
+                             f"{self.llama.cfg.max_seq_len}, answer included")
+        max_new_tokens = min(max_new_tokens, room)
+        B, T = batch.tokens.shape
+        random = torch.Generator().manual_seed(seed)
+        done = [False] * B
+        with self.autocast():
+            w = self.routing(batch.modality)
+            cache = KVCache(self.llama.cfg, B, T + max_new_tokens, self.device, self.llama.norm.weight.dtype)
+            h = self.llama(self.embed(batch), w, cache)
+            h = h[torch.arange(B, device=h.device), batch.lengths - 1]  # [B, C] at each row's last token
+            for i in range(max_new_tokens):
+                # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
+                token = pick(self.llama.output(h).float(), temperature, top_p, random)  # [B]
+                ids = token.tolist()
+                done = [d or t == eos for d, t in zip(done, ids)]
+                if all(done):
+                    return
+                yield [None if d else t for d, t in zip(done, ids)]
+                if i + 1 < max_new_tokens:
+                    h = self.llama(token[:, None], w, cache, positions=batch.lengths[:, None] + i)[:, 0]
+
+    def generate(self, batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
+        """The answers of all rows, without EOS; arguments as for `stream`."""
+        answers = [[] for _ in range(len(batch.tokens))]
+        for step in self.stream(batch, max_new_tokens, eos, **sampling):
+            for answer, token in zip(answers, step):
+                if token is not None:
+                    answer.append(token)
+        return answers
+
+    # -----------------------------------------------------------------------------------------------
+    # files
+
+    def fingerprint(self) -> str:
+        """A hash of the frozen base: 64 spread values of every frozen tensor, the same for fp32 and bf16 copies."""
+        digest = hashlib.sha256()
+        for name, p in sorted(self.named_parameters()):
+            if "adapter_" not in name:
+                values = p.detach().flatten()[:: max(1, p.numel() // 64)][:64]
+                digest.update(f"{name}{list(p.shape)}".encode())
+                digest.update(values.to(torch.bfloat16).float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: str | Path, **meta) -> None:
+        """Write the adapters with everything needed to rebuild this model around the same base."""
+        adapters.save_adapters(path, self, {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg),
+                                            "base": self.fingerprint(), **meta})
+
+
+def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
+    """logits [B, V] -> tokens [B]: greedy at temperature 0, else top-p (nucleus) sampling."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the fewest tokens whose mass reaches top_p
+    c = p.cumsum(-1)
+    u = torch.rand((), generator=random).item()  # one draw for all rows
+    i = (c <= u * c[:, -1:]).sum(-1, keepdim=True).clamp(max=c.shape[1] - 1)
+    return order.gather(-1, i)[:, 0]
+
+
+def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device="cpu", dtype=torch.float32,
+         any_base: bool = False) -> tuple[LaVIN, dict]:
+    """(model, metadata) from an adapter file and the base it was trained on.
+
+    ValueError if the base has other sizes, or other weights unless `any_base`.
+    """
+    tensors, meta = adapters.read_adapters(path)
+    cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})
+    llama = LLaMA.from_pretrained(llama_path, device, dtype)
+    vit = VisionTransformer.from_pretrained(clip_path, device, dtype) if cfg.vision else None
+    model = LaVIN(llama, vit, cfg)
+    adapters.load_adapters(model, tensors, str(path))
+    if meta["base"] != model.fingerprint() and not any_base:
+        raise ValueError(f"{path}: trained on another base than {llama_path} + {clip_path} (fingerprint {meta['base']}, "
+                         f"here {model.fingerprint()}); point --llama and --clip at that one, or pass --any_base")
+    return model.to(device).eval(), meta

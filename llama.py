@@ -1,0 +1,216 @@
+"""LLaMA: the frozen language model, and its tokenizer.
+
+Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023. Official weights come from
+Meta on request (`consolidated.NN.pth` + `params.json`) or from the Hugging Face hub; weights.py reads both.
+Parameter names are Meta's, so that loading needs hardly any renaming.
+
+One model trains and generates: `forward` takes a batch of whole sequences, or the next piece of sequences
+whose past lies in a `KVCache`. The adapter in front of each attention is an explicit call; absent = identity.
+
+Shapes: B samples, T tokens, C = dim, H heads, D = C / H head width, S slots of a cache, L layers.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import weights
+
+
+@dataclass
+class LLaMAConfig:
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    ffn_dim: int = 11008  # 256 * ceil(int(8 dim / 3) / 256) in 7B and 13B
+    vocab_size: int = 32000
+    norm_eps: float = 1e-6  # 1e-5 in LLaMA-2
+    rope_theta: float = 10000.0
+    max_seq_len: int = 2048
+
+
+PRESETS = {
+    "7B": LLaMAConfig(),
+    "13B": LLaMAConfig(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
+    "tiny": LLaMAConfig(dim=128, n_layers=4, n_heads=4, ffn_dim=352, vocab_size=1000, norm_eps=1e-5,
+                        rope_theta=100.0, max_seq_len=256),
+}
+
+
+def from_name(name: str) -> LLaMAConfig:
+    if name not in PRESETS:
+        raise ValueError(f"unknown LLaMA {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
+
+
+def rope_table(positions: torch.Tensor, D: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions [..., T] -> cos, sin [..., T, 1, D/2] in fp32"""
+    freq = theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
+    angle = positions[..., None, None].float() * freq
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """x [B, T, H, D]: turn each pair (2i, 2i+1), Meta's layout, by its position's angle"""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, D/2] each
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens so far: L tensors [B, S, H, D] each, slot = position in the sequence.
+
+    Rows of a batch may have different lengths: a prompt fills slots 0.., padding behind a shorter prompt
+    fills slots that its own next tokens overwrite, and no query looks past its own position.
+    """
+
+    def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
+        shape = (cfg.n_layers, B, S, cfg.n_heads, cfg.dim // cfg.n_heads)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: LLaMAConfig):
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
+
+    def forward(self, z, rope, positions=None, cache=None, mask=None):
+        B, T, C = z.shape
+        q, k, v = (w(z).view(B, T, self.n_heads, -1) for w in (self.wq, self.wk, self.wv))  # [B, T, H, D]
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            rows = torch.arange(B, device=z.device)[:, None]
+            for past, new in zip(cache, (k, v)):
+                past[rows, positions] = new.to(past.dtype)
+            if mask is not None:  # the past counts too; else it is empty and k, v are all there is
+                k, v = (past.to(q.dtype) for past in cache)  # [B, S, H, D]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T or S, D]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.wo(y.transpose(1, 2).reshape(B, T, C))
+
+    def alone(self, z):
+        """z [..., C] of a token that sees only itself: its softmax is 1, so what it reads is its own value"""
+        return self.wo(self.wv(z))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, cfg: LLaMAConfig):
+        super().__init__()
+        self.w1 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+        self.w3 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: LLaMAConfig):
+        super().__init__()
+        self.attention = Attention(cfg)
+        self.feed_forward = FeedForward(cfg)
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.adapter_attn = None  # an MMAdapter or a RepAdapter, once LaVIN puts it here
+
+    def forward(self, x, w, rope, positions=None, cache=None, mask=None):
+        z = self.attention_norm(x)
+        if self.adapter_attn is not None:
+            z = self.adapter_attn(z, w)  # Eq. (2), on the normalised input; the residual x is untouched
+        x = x + self.attention(z, rope, positions, cache, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class LLaMA(nn.Module):
+    def __init__(self, cfg: LLaMAConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+
+    def forward(self, x: torch.Tensor, routing: torch.Tensor | None = None, cache: KVCache | None = None,
+                positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states after the last norm [B, T, C]; `output` turns those you need into logits.
+
+        x          token ids [B, T], or embeddings [B, T, C]
+        routing    w of every layer's adapter, [L, B, 2]; None for a bare LLaMA or plain RepAdapters
+        cache      where keys and values go, and where those of earlier calls are
+        positions  [B, T], each token's place in its own sequence; needed only behind a filled cache
+        """
+        if not x.is_floating_point():
+            x = self.tok_embeddings(x)
+        B, T, C = x.shape
+        mask = None
+        if positions is None:
+            positions = torch.arange(T, device=x.device).expand(B, T)
+        else:  # a query sees the slots up to its own position
+            mask = (torch.arange(cache.k.shape[2], device=x.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
+        rope = rope_table(positions, C // self.cfg.n_heads, self.cfg.rope_theta)
+        for i, layer in enumerate(self.layers):
+            w = None if routing is None else routing[i][:, None]  # [B, 1, 2]
+            kv = None if cache is None else (cache.k[i], cache.v[i])
+            x = layer(x, w, rope, positions, kv, mask)
+        return self.norm(x)
+
+    def route(self, t: torch.Tensor) -> torch.Tensor:
+        """Routing weights [L, M, 2] of M modality tokens t [M, C], each going through the layers by itself.
+
+        A modality token sees only itself and no other token sees it. So what the router of layer l reads, its
+        normalised state at that layer, is a function of the modality alone: two constants per layer, worked out
+        here once for a whole batch instead of at the head of every sequence. No dropout on this path.
+        """
+        routing = []
+        for layer in self.layers:
+            z = layer.attention_norm(t)
+            w = layer.adapter_attn.route(z)  # [M, 2]
+            routing.append(w)
+            z = layer.adapter_attn(z[:, None], w[:, None], dropout=False)[:, 0]
+            t = t + layer.attention.alone(z)
+            t = t + layer.feed_forward(layer.ffn_norm(t))
+        return torch.stack(routing)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "LLaMA":
+        """Read a folder of official weights; ValueError or FileNotFoundError says in one line what is wrong."""
+        sizes, tensors = weights.read_llama(path)
+        with torch.device("meta"):
+            model = cls(LLaMAConfig(**sizes))
+        weights.assign(model, tensors, path, device, dtype)
+        return model
+
+
+class Tokenizer:
+    """sentencepiece with LLaMA's conventions: BOS 1, EOS 2, no padding id."""
+
+    def __init__(self, path: str | Path):
+        from sentencepiece import SentencePieceProcessor
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such tokenizer; it comes with the LLaMA weights as tokenizer.model")
+        try:
+            self.sp = SentencePieceProcessor(model_file=str(path))
+        except Exception:
+            raise ValueError(f"{path}: not a sentencepiece model") from None
+        self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """ids without BOS and EOS"""
+        return self.sp.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.sp.decode(ids)

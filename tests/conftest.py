@@ -1,0 +1,77 @@
+"""Small random models, and a small world on disk, for every test. All in float32 on the CPU, offline."""
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+from adapters import AdapterConfig, trainable
+from clip import CLIPConfig, VisionTransformer
+from data import Batch
+from lavin import LaVIN, LaVINConfig
+from llama import LLaMA, LLaMAConfig
+
+LLAMA = LLaMAConfig(dim=32, n_layers=3, n_heads=4, ffn_dim=48, vocab_size=61, norm_eps=1e-5, max_seq_len=64)
+CLIP = CLIPConfig(image_size=16, patch_size=4, width=24, layers=4, heads=3, cls_every=2)
+N_CLS = 2
+
+
+def randomize(model: torch.nn.Module, std: float = 0.3) -> None:
+    """no parameter at its initial value: zeros and ones hide mistakes"""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * std / max(1, p.shape[-1]) ** 0.5)
+
+
+def make_lavin(seed: int = 0, trained: bool = True, **cfg) -> LaVIN:
+    """a random LaVIN; `trained`: with adapters away from their start at the identity"""
+    torch.manual_seed(seed)
+    adapter = AdapterConfig(**{k: cfg.pop(k) for k in ("kind", "dim", "scale", "tau", "dropout") if k in cfg})
+    llama, vit = LLaMA(LLAMA), VisionTransformer(CLIP)
+    randomize(llama), randomize(vit)
+    model = LaVIN(llama, vit, LaVINConfig(adapter, **cfg))
+    if trained:
+        with torch.no_grad():
+            for p in trainable(model).values():
+                p.add_(torch.randn_like(p) * 0.3)
+    return model.eval()
+
+
+def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0) -> Batch:
+    """rows of (ids behind BOS, how many of them are response, has a picture); the picture's slots follow id 1, 7"""
+    g = torch.Generator().manual_seed(seed)
+    heads = [[1, 7] + [0] * N_CLS * picture for _, _, picture in rows]
+    seqs = [head + ids for head, (ids, _, _) in zip(heads, rows)]
+    T = max(map(len, seqs))
+    tokens, targets, slots = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -100), torch.zeros(len(rows), T, dtype=torch.bool)
+    for i, (seq, (ids, n, picture)) in enumerate(zip(seqs, rows)):
+        tokens[i, :len(seq)] = torch.tensor(seq)
+        if n:
+            targets[i, len(seq) - n - 1: len(seq) - 1] = torch.tensor(seq[-n:])
+        slots[i, 2: 2 + N_CLS * picture] = True
+    # each row's picture depends on its ids alone, so that a row can be compared with itself in another batch
+    images = [torch.randn(3, CLIP.image_size, CLIP.image_size, generator=g.manual_seed(seed + sum(ids)))
+              for ids, _, picture in rows if picture]
+    return Batch(tokens, targets, torch.tensor([len(s) for s in seqs]), torch.tensor([int(r[2]) for r in rows]), slots,
+                 torch.stack(images) if images else None)
+
+
+ROWS = [([5, 9, 11, 3, 2], 2, True), ([8, 4, 6], 1, False), ([20, 31, 7, 12, 40, 41, 13, 2], 4, True),
+        ([33, 2, 19, 18, 17, 2], 3, False)]
+
+
+@pytest.fixture
+def lavin():
+    return make_lavin()
+
+
+def close(a, b, tol: float = 1e-5) -> bool:
+    """relative to the reference b, over the whole tensor"""
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    assert a.shape == b.shape, f"{a.shape} is not {b.shape}"
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item() < tol

@@ -1,0 +1,107 @@
+"""Every equation of the paper against a naive recomputation, and every equation tagged where it lives."""
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import naive
+from adapters import AdapterConfig, MMAdapter, RepAdapter, trainable
+from conftest import CLIP, LLAMA, N_CLS, ROOT, ROWS, close, make_batch, make_lavin
+
+
+def adapter(kind, d=12, **cfg):
+    torch.manual_seed(0)
+    a = kind(d, AdapterConfig(dropout=0.5, **cfg)).eval()
+    with torch.no_grad():
+        for p in a.parameters():
+            p.copy_(torch.randn_like(p))
+    return a
+
+
+def test_rep_adapter():
+    a, z = adapter(RepAdapter, scale=0.7), torch.randn(2, 5, 12)
+    p = naive.params(a)
+    f = naive.rep_adapter(z.double().numpy(), p["phi_d.weight"], p["phi_d.bias"], p["phi_u.weight"], p["phi_u.bias"])
+    assert close(a(z).detach(), z.double().numpy() + 0.7 * f)
+
+
+def test_eq2_eq3_mm_adapter_and_router():
+    a, z, t = adapter(MMAdapter, scale=0.7, tau=5.0), torch.randn(2, 5, 12), torch.randn(2, 12)
+    p = naive.params(a)
+    w = a.route(t)
+    assert close(w.detach(), naive.route(t.double().numpy(), p, 5.0))
+    for row in range(2):
+        assert close(a(z, w[:, None])[row].detach(), naive.mm_adapter(z[row].double().numpy(), w[row].detach().double().numpy(), p, 0.7))
+
+
+def test_eq1_modality_token_picks_a_row_of_the_modality_embedding(lavin):
+    with torch.no_grad():
+        w = lavin.routing(torch.tensor([0, 1, 1, 0]))  # [L, 4, 2]
+        lavin.adapter_modality_embedding.weight[1] += 1
+        moved = lavin.routing(torch.tensor([0, 1, 1, 0]))
+    assert torch.equal(w[:, 0], w[:, 3]) and torch.equal(w[:, 1], w[:, 2]) and not torch.equal(w[:, 0], w[:, 1])
+    assert torch.equal(w[:, 0], moved[:, 0]) and not torch.equal(w[:, 1], moved[:, 1])
+
+
+def test_eq4_only_adapters_neck_and_modality_embedding_train(lavin):
+    names = {n for n, p in lavin.named_parameters() if p.requires_grad}
+    kinds = {re.sub(r"\.\d+\.", ".N.", n).rsplit(".", 2)[0] for n in names}
+    assert kinds == {"llama.layers.N.adapter_attn", "vit.transformer.resblocks.N.adapter_attn", "adapter_proj",
+                     "adapter_modality_embedding.weight"[:-7]}
+    lavin(make_batch(ROWS)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable(lavin).values())
+    assert all(p.grad is None for n, p in lavin.named_parameters() if n not in names)
+
+
+def test_eq6_neck(lavin):
+    x = torch.randn(3, N_CLS, CLIP.width)
+    p = naive.sub(naive.params(lavin), "adapter_proj.")
+    assert close(lavin.adapter_proj(x).detach(), naive.neck(x.double().numpy(), p))
+
+
+def naive_logits(model, batch):
+    """per row: logits [T, V] with the modality token in the sequence, and the routing weights of each layer"""
+    p, images, out = naive.params(model), iter(batch.images.double().numpy()), []
+    for row in range(len(batch.tokens)):
+        ids = batch.tokens[row, : batch.lengths[row]].numpy()
+        image = next(images) if batch.modality[row] else None
+        z = naive.sequence(ids, image, 2, p, model.cfg, CLIP)
+        h, routing = naive.llama(z, naive.sub(p, "llama."), LLAMA, model.cfg.adapter, token=True)
+        out.append((h[1:] @ p["llama.output.weight"].T, np.stack(routing)))
+    return out
+
+
+@pytest.mark.parametrize("routing", ["cls", "token"])
+def test_eq7_eq8_logits_with_the_modality_token_in_the_sequence(routing):
+    """The modality token as its own stream, slots for pictures, padding: all of it changes nothing."""
+    model, batch = make_lavin(vit_routing=routing, tau=3.0, scale=0.8), make_batch(ROWS)
+    with torch.no_grad():
+        w = model.routing(batch.modality)
+        logits = model.llama.output(model.llama(model.embed(batch), w))
+    for row, (expected, routed) in enumerate(naive_logits(model, batch)):
+        assert close(logits[row, : batch.lengths[row]], expected)
+        assert close(w[:, row], routed)
+
+
+def test_eq5_loss_is_the_sum_over_response_tokens(lavin):
+    batch = make_batch(ROWS)
+    expected = 0.0
+    for row, (logits, _) in enumerate(naive_logits(lavin, batch)):
+        p = naive.softmax(logits)
+        ids, n = batch.tokens[row, : batch.lengths[row]].tolist(), ROWS[row][1]
+        for s in range(len(ids) - n, len(ids)):
+            expected -= np.log(p[s - 1, ids[s]])
+    assert close(lavin(batch).detach(), expected)
+
+
+def test_every_equation_has_one_home_and_a_test():
+    files = {f.name: f.read_text() for f in ROOT.glob("*.py")}
+    tests = (ROOT / "tests/test_equations.py").read_text()
+    for n in range(1, 9):
+        homes = [f for f, text in files.items() for _ in re.findall(rf"# Eq\. \({n}\)[^\n]*[:=]", text)]
+        assert homes, f"no line is tagged # Eq. ({n})"
+        assert re.search(rf"def test_\w*eq{n}_", tests), f"no test of Eq. ({n})"
+    tagged = {int(n) for text in files.values() for n in re.findall(r"# Eq\. \((\d+)\)", text)}
+    assert tagged <= set(range(1, 9)), f"tags of equations that the paper does not have: {tagged}"

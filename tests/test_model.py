@@ -1,0 +1,183 @@
+"""What must hold of the model whatever its weights: counts, identity at the start, caching, independence of rows."""
+import pytest
+import torch
+
+import adapters
+import clip
+import llama
+from adapters import AdapterConfig, trainable
+from clip import VisionTransformer
+from conftest import CLIP, LLAMA, ROWS, close, make_batch, make_lavin, randomize
+from lavin import LaVIN, LaVINConfig
+from llama import KVCache, LLaMA
+
+
+def count(size: str, encoder: str, **cfg) -> dict[str, int]:
+    with torch.device("meta"):
+        adapter = AdapterConfig(cfg.pop("kind", "mm"))
+        model = LaVIN(LLaMA(llama.from_name(size)), VisionTransformer(clip.from_name(encoder)), LaVINConfig(adapter, **cfg))
+    counts = {}
+    for name, p in trainable(model).items():
+        counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + p.numel()
+    counts["total"] = sum(counts.values())
+    counts["decayed"] = sum(p.numel() for p in trainable(model).values() if p.ndim >= 2)
+    return counts
+
+
+def test_parameter_counts_of_the_paper():
+    assert count("7B", "ViT-L/14") == {"llama": 32 * 81_930, "vit": 24 * 20_490, "adapter_proj": 659_584,
+                                       "adapter_modality_embedding": 8_192, "total": 3_781_296, "decayed": 3_465_216}
+    assert count("13B", "ViT-L/14")["total"] == 5_390_080 and count("13B", "ViT-L/14")["llama"] == 40 * 102_410
+    # the other rows of Table 2, as the paper rounds them
+    assert count("7B", "ViT-L/14", kind="rep", vision=False)["total"] == 1_704_192  # the paper prints 1.8M
+    assert count("7B", "ViT-B/16", kind="rep", vit_adapters=False)["total"] == 2_331_008  # 2.4M
+    assert count("7B", "ViT-B/16", kind="rep")["total"] == 2_515_448  # 2.5M
+    assert count("7B", "ViT-L/14", kind="rep")["total"] == 2_855_536  # 2.9M
+
+
+@pytest.mark.parametrize("kind", ["mm", "rep"])
+def test_identity_at_init(kind):
+    """Untrained adapters change no bit of the bare LLaMA's logits, nor of the bare ViT's [cls]."""
+    torch.manual_seed(0)
+    base, vit = LLaMA(LLAMA), VisionTransformer(CLIP)
+    randomize(base), randomize(vit)
+    ids, images = torch.randint(0, LLAMA.vocab_size, (3, 9)), torch.randn(2, 3, 16, 16)
+    bare, bare_cls = base.output(base(ids)), vit(images)
+    model = LaVIN(base, vit, LaVINConfig(AdapterConfig(kind))).eval()
+    w = model.routing(torch.tensor([0, 1, 0]))
+    assert torch.equal(model.llama.output(model.llama(ids, w)), bare)
+    assert torch.equal(model.vit(images), bare_cls)
+
+
+def test_unknown_names_list_the_known():
+    for from_name in (llama.from_name, clip.from_name):
+        with pytest.raises(ValueError, match="known: .*tiny"):
+            from_name("nonesuch")
+    with pytest.raises(ValueError, match="known: mm, rep"):
+        adapters.new_adapter(8, AdapterConfig("nonesuch"))
+
+
+def test_cached_equals_uncached_with_ragged_prompts_and_both_modalities(lavin):
+    """What decoding sees token by token is what training sees at once. (The released cache shifts every position.)"""
+    batch = make_batch(ROWS)
+    with torch.no_grad():
+        w = lavin.routing(batch.modality)
+        whole = lavin.llama(lavin.embed(batch), w)
+        prompts = [max(2 + 2 * r[2], len(r[0]) + 2 * r[2] - 2) for r in ROWS]  # ragged prefill, then 3 tokens each
+        cut = make_batch([(r[0][: n - 2 - 2 * r[2]], 0, r[2]) for r, n in zip(ROWS, prompts)])
+        cut = cut._replace(images=batch.images)
+        cache = KVCache(LLAMA, len(ROWS), batch.tokens.shape[1] + 4)
+        h = lavin.llama(lavin.embed(cut), w, cache)
+        rows = torch.arange(len(ROWS))
+        assert close(h[rows, cut.lengths - 1], whole[rows, cut.lengths - 1])
+        for step in range(3):
+            at = cut.lengths + step
+            inside = at < batch.lengths
+            ids = batch.tokens[rows, at.clamp(max=batch.tokens.shape[1] - 1)]
+            h = lavin.llama(ids[:, None], w, cache, positions=at[:, None])
+            assert close(h[inside, 0], whole[rows[inside], at[inside]])
+
+
+def test_several_tokens_behind_a_filled_cache(lavin):
+    ids = torch.randint(0, LLAMA.vocab_size, (2, 11))
+    with torch.no_grad():
+        w = lavin.routing(torch.tensor([0, 1]))
+        whole, cache = lavin.llama(ids, w), KVCache(LLAMA, 2, 16)
+        lavin.llama(ids[:, :4], w, cache)
+        rest = lavin.llama(ids[:, 4:], w, cache, positions=torch.arange(4, 11).expand(2, -1))
+    assert close(rest, whole[:, 4:])
+
+
+def teacher_forced(model, row, n):
+    """greedy answer by running the whole sequence anew for every token"""
+    ids, answer = list(row[0]), []
+    for _ in range(n):
+        batch = make_batch([(ids, 0, row[2])])
+        batch = batch._replace(images=make_batch([row]).images)
+        with torch.no_grad():
+            h = model.llama(model.embed(batch), model.routing(batch.modality))
+        token = model.llama.output(h[0, -1]).argmax().item()
+        if token == 2:
+            break
+        answer.append(token)
+        ids = ids + [token]
+    return answer
+
+
+PROMPTS = [(ids, 0, picture) for ids, _, picture in ROWS]
+
+
+def test_greedy_generation_equals_teacher_forcing(lavin):
+    answers = lavin.generate(make_batch(PROMPTS), 12, eos=2, temperature=0.0)
+    assert answers == [teacher_forced(lavin, row, 12) for row in PROMPTS]
+    assert len({len(a) for a in answers}) > 1, "no row ended early: choose another seed, or EOS goes untested"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_do_not_depend_on_batch_mates(lavin, temperature):
+    sampling = dict(eos=2, temperature=temperature, top_p=0.9, seed=5)
+    together = lavin.generate(make_batch(PROMPTS), 12, **sampling)
+    assert together == [lavin.generate(make_batch([row]), 12, **sampling)[0] for row in PROMPTS]
+    assert together[::-1] == lavin.generate(make_batch(PROMPTS[::-1]), 12, **sampling)
+
+
+def test_pictures_do_not_depend_on_batch_mates(lavin):
+    """The released router sends every picture of a batch the way of the first one."""
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        together = lavin.vit(images)
+        for i in range(4):
+            assert close(lavin.vit(images[i: i + 1])[0], together[i])
+
+
+def test_the_vit_sees_only_the_pictures_that_exist(lavin, monkeypatch):
+    seen = []
+    forward = lavin.vit.forward
+    monkeypatch.setattr(lavin.vit, "forward", lambda images: seen.append(len(images)) or forward(images))
+    lavin(make_batch(ROWS))
+    lavin(make_batch([r for r in ROWS if not r[2]]))
+    assert seen == [2]
+
+
+def test_logits_only_where_there_is_a_target(lavin, monkeypatch):
+    rows = []
+    lavin.llama.output.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    lavin(make_batch(ROWS))
+    assert rows == [sum(n for _, n, _ in ROWS)]
+
+
+def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):
+    from lavin import pick
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(1, 1)
+    draws = [pick(logits, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
+    assert set(draws) == {0, 1}  # 0.5 + 0.3 reaches 0.75; the third token is never drawn
+    assert abs(draws.count(0) / 300 - 0.5 / 0.8) < 0.1
+    assert pick(logits, 0.0, 0.75, torch.Generator()).item() == 0
+    assert draws == [pick(logits, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
+
+
+def test_prompt_longer_than_the_context(lavin):
+    with pytest.raises(ValueError, match="the prompt has 72 tokens; this LLaMA's context holds 64"):
+        lavin.generate(make_batch([([5] * 70, 0, False)]), 4, eos=2)
+    # an answer ends where the context does
+    assert len(lavin.generate(make_batch([([5] * 60, 0, False)]), 9, eos=-1)[0]) == 2
+
+
+def test_adapter_file_round_trip_and_refusals(tmp_path, lavin):
+    path = tmp_path / "a.safetensors"
+    lavin.save(path, format="QCM-A")
+    tensors, meta = adapters.read_adapters(path)
+    assert meta["format"] == "QCM-A" and meta["lavin"]["adapter"]["tau"] == 10.0 and meta["base"] == lavin.fingerprint()
+    other = make_lavin(trained=False)
+    adapters.load_adapters(other, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(trainable(lavin).values(), trainable(other).values()))
+    assert other.fingerprint() == lavin.fingerprint() != make_lavin(seed=1).fingerprint()
+    with pytest.raises(ValueError, match="unknown"):
+        adapters.load_adapters(make_lavin(vit_adapters=False), tensors)
+    with pytest.raises(ValueError, match="another size"):
+        adapters.load_adapters(make_lavin(neck_dim=16), tensors)
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cut.safetensors: not a readable safetensors file"):
+        adapters.read_adapters(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError):
+        adapters.read_adapters(tmp_path / "none.safetensors")
