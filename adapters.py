@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -25,6 +26,16 @@ class AdapterConfig:
     scale: float = 1.0  # s
     tau: float = 10.0  # router temperature: 10 for LLaMA-7B, 5 for 13B
     dropout: float = 0.1  # on the hidden
+
+
+def recompute(f, *args):
+    """f(*args), keeping its arguments for the backward instead of what happens inside f.
+
+    For norms, adapters and activations, whose products are large beside the time it takes to make them again.
+    """
+    if not torch.is_grad_enabled():
+        return f(*args)
+    return checkpoint(f, *args, use_reentrant=False)
 
 
 class GroupedLinear(nn.Module):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import weights
+from adapters import recompute
 
 
 @dataclass
@@ -68,8 +69,11 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * cfg.width, cfg.width)
 
     def forward(self, x):
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))  # QuickGELU
+        return self.c_proj(recompute(quick_gelu, self.c_fc(x)))
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):
@@ -82,17 +86,20 @@ class Block(nn.Module):
         self.adapter_attn = None  # an MMAdapter, once LaVIN puts it here
         self.routing = "cls"
 
-    def forward(self, x):
+    def adapted(self, x):
         z = self.ln_1(x)
-        if self.adapter_attn is not None:
-            # Eq. (2) as a unimodal adapter, routed by the picture itself instead of a modality token.
-            # released code: a layout slip routes every picture of a batch by the *first* one, token by token.
-            # here: each picture by its own [cls], which the authors say they meant; "token" equals the released
-            # code run one picture at a time, for adapters that were trained with it.
-            t = z[:, :1] if self.routing == "cls" else z
-            z = self.adapter_attn(z, self.adapter_attn.route(t))
-        x = x + self.attn(z)
-        return x + self.mlp(self.ln_2(x))
+        if self.adapter_attn is None:
+            return z
+        # Eq. (2) as a unimodal adapter, routed by the picture itself instead of a modality token.
+        # released code: a layout slip routes every picture of a batch by the *first* one, token by token.
+        # here: each picture by its own [cls], which the authors say they meant; "token" equals the released
+        # code run one picture at a time, for adapters that were trained with it.
+        t = z[:, :1] if self.routing == "cls" else z
+        return self.adapter_attn(z, self.adapter_attn.route(t))
+
+    def forward(self, x):
+        x = x + self.attn(recompute(self.adapted, x))  # what is kept for the backward: see llama.Block
+        return x + self.mlp(recompute(self.ln_2, x))
 
 
 class Transformer(nn.Module):

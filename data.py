@@ -169,19 +169,27 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
 
 
 class Batch(NamedTuple):
-    tokens: torch.Tensor  # [B, T], rows padded behind their end: causal attention never looks there
+    """n samples: for generation one a row, padded behind its end where causal attention never looks; for training all
+    packed into one row, without any padding."""
+    tokens: torch.Tensor  # [B, T]
     targets: torch.Tensor  # [B, T], the token that each position must predict, or IGNORE
-    lengths: torch.Tensor  # [B]
-    modality: torch.Tensor  # [B], 1 with a picture
+    lengths: torch.Tensor  # [n]
+    modality: torch.Tensor  # [n], 1 with a picture
     slots: torch.Tensor  # [B, T], True where a picture's tokens go
-    images: torch.Tensor | None  # [N, 3, H, W] of the rows that have one, in their order
+    images: torch.Tensor | None  # [N, 3, H, W] of the samples that have one, in their order
+    packed: list[int] | None = None  # the lengths, if packed: known without asking the device
 
     def to(self, device) -> "Batch":
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
+
+    def pack(self) -> "Batch":
+        real = torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        tokens, targets, slots = (x[real][None] for x in (self.tokens, self.targets, self.slots))
+        return self._replace(tokens=tokens, targets=targets, slots=slots, packed=self.lengths.tolist())
 
 
 def collate(examples: list[Example], image_size: int, normalize: str) -> Batch:
-    """As wide as its longest row, no wider. Pictures are decoded here: in a DataLoader that is a worker's work."""
+    """One sample a row. Pictures are decoded here: in a DataLoader that is a worker's work."""
     B, T = len(examples), max(len(e.ids) for e in examples)
     tokens = torch.zeros(B, T, dtype=torch.long)
     targets = torch.full((B, T), IGNORE)
@@ -202,15 +210,17 @@ def collate(examples: list[Example], image_size: int, normalize: str) -> Batch:
 def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[list[list[int]]]:
     """One global batch -> for every rank its micro-batches of at most `micro` samples.
 
-    Sorted by length and dealt out to and fro, the ranks carry nearly equal loads; a rank's own micro-batches are
-    runs of neighbours in that order, so they hardly need padding. Which samples form the batch does not change.
+    Sorted by length and dealt out to and fro, ranks carry nearly equal loads, and so do a rank's own micro-batches,
+    dealt out again: memory peaks at the largest. Which samples form the batch does not change.
     """
-    order = sorted(chosen, key=lambda i: (-lengths[i], i))
-    hands = [[] for _ in range(ranks)]
-    for k, i in enumerate(order):
-        lap, seat = divmod(k, ranks)
-        hands[seat if lap % 2 == 0 else ranks - 1 - seat].append(i)
-    return [[hand[k: k + micro] for k in range(0, len(hand), micro)] for hand in hands]
+    def dealt(cards: list[int], players: int) -> list[list[int]]:
+        hands = [[] for _ in range(players)]
+        for k, i in enumerate(sorted(cards, key=lambda i: (-lengths[i], i))):
+            lap, seat = divmod(k, players)
+            hands[seat if lap % 2 == 0 else players - 1 - seat].append(i)
+        return hands
+
+    return [dealt(hand, -(-len(hand) // micro)) for hand in dealt(chosen, ranks)]
 
 
 class Steps(torch.utils.data.Dataset):
@@ -237,4 +247,4 @@ class Steps(torch.utils.data.Dataset):
         chosen = self.chosen(step)
         n_targets = sum(len(self.examples[i].ids) - self.examples[i].start for i in chosen)
         mine = deal(chosen, self.lengths, self.ranks, self.micro)[self.rank]
-        return [collate([self.examples[i] for i in m], self.image_size, self.normalize) for m in mine], n_targets
+        return [collate([self.examples[i] for i in m], self.image_size, self.normalize).pack() for m in mine], n_targets

@@ -49,6 +49,33 @@ class Neck(nn.Module):
         return self.W_u(F.silu(self.W_d(x)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
+class NegativeLogLikelihood(torch.autograd.Function):
+    """Sum of -log softmax(h W^T)[target] over n rows, some rows at a time: [n, V] logits never exist at once.
+
+    W is frozen and the loss a plain sum, so the gradient of h is known as soon as a chunk's logits are, and is all
+    that is kept. h [n, C], W [V, C], targets [n] -> fp32 scalar.
+    """
+    ROWS = 256  # 32,000 logits in fp32 are 128 KB a row
+
+    @staticmethod
+    def forward(ctx, h, W, targets):
+        loss, grad = h.new_zeros((), dtype=torch.float32), torch.empty_like(h)
+        for i in range(0, len(h), NegativeLogLikelihood.ROWS):
+            rows = slice(i, i + NegativeLogLikelihood.ROWS)
+            logp = F.log_softmax(F.linear(h[rows], W).float(), dim=-1)  # [rows, V]
+            loss -= logp.gather(1, targets[rows, None]).sum()
+            p = logp.exp_()
+            p.scatter_add_(1, targets[rows, None], -torch.ones_like(p[:, :1]))  # softmax - one-hot
+            grad[rows] = p.to(W.dtype) @ W
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        (grad,) = ctx.saved_tensors
+        return grad * d_loss.to(grad.dtype), None, None
+
+
 class LaVIN(nn.Module):
     """Everything trainable lies under a name that starts with `adapter_`; the rest is frozen here."""
 
@@ -108,11 +135,10 @@ class LaVIN(nn.Module):
         split into ranks and accumulation steps. (The released code averages per-micro-batch means.)
         """
         with self.autocast():
-            h = self.llama(self.embed(batch), self.routing(batch.modality))  # [B, T, C]
-            wanted = batch.targets >= 0
-            logits = self.llama.output(h[wanted]).float()  # [targets, V]: no logits where nothing is asked
+            h = self.llama(self.embed(batch), self.routing(batch.modality), batch.packed)  # [B, T, C]
+            wanted = batch.targets >= 0  # no logits where nothing is asked
             # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s runs to S + 1, the EOS
-            return F.cross_entropy(logits, batch.targets[wanted], reduction="sum")
+            return NegativeLogLikelihood.apply(h[wanted], self.llama.output.weight, batch.targets[wanted])
 
     # -----------------------------------------------------------------------------------------------
     # generation
@@ -137,7 +163,7 @@ class LaVIN(nn.Module):
         with self.autocast():
             w = self.routing(batch.modality)
             cache = KVCache(self.llama.cfg, B, T + max_new_tokens, self.device, self.llama.norm.weight.dtype)
-            h = self.llama(self.embed(batch), w, cache)
+            h = self.llama(self.embed(batch), w, cache=cache)
             h = h[torch.arange(B, device=h.device), batch.lengths - 1]  # [B, C] at each row's last token
             for i in range(max_new_tokens):
                 # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
@@ -148,7 +174,7 @@ class LaVIN(nn.Module):
                     return
                 yield [None if d else t for d, t in zip(done, ids)]
                 if i + 1 < max_new_tokens:
-                    h = self.llama(token[:, None], w, cache, positions=batch.lengths[:, None] + i)[:, 0]
+                    h = self.llama(token[:, None], w, cache=cache, positions=batch.lengths[:, None] + i)[:, 0]
 
     def generate(self, batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""

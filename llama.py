@@ -4,10 +4,12 @@ Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023. Of
 Meta on request (`consolidated.NN.pth` + `params.json`) or from the Hugging Face hub; weights.py reads both.
 Parameter names are Meta's, so that loading needs hardly any renaming.
 
-One model trains and generates: `forward` takes a batch of whole sequences, or the next piece of sequences
-whose past lies in a `KVCache`. The adapter in front of each attention is an explicit call; absent = identity.
+One model trains and generates: `forward` takes a batch of whole sequences, side by side or packed end to end, or the
+next piece of sequences whose past lies in a `KVCache`. The adapter in front of each attention is an explicit call;
+absent = identity.
 
-Shapes: B samples, T tokens, C = dim, H heads, D = C / H head width, S slots of a cache, L layers.
+Shapes: B samples, T tokens, C = dim, H heads, D = C / H head width, S slots of a cache, L layers. Packed: B is 1 and
+T the sum of all sequences' lengths.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import weights
+from adapters import recompute
 
 
 @dataclass
@@ -88,7 +91,7 @@ class Attention(nn.Module):
         self.n_heads = cfg.n_heads
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
 
-    def forward(self, z, rope, positions=None, cache=None, mask=None):
+    def forward(self, z, rope, lengths=None, positions=None, cache=None, mask=None):
         B, T, C = z.shape
         q, k, v = (w(z).view(B, T, self.n_heads, -1) for w in (self.wq, self.wk, self.wv))  # [B, T, H, D]
         q, k = rotate(q, rope), rotate(k, rope)
@@ -99,8 +102,10 @@ class Attention(nn.Module):
             if mask is not None:  # the past counts too; else it is empty and k, v are all there is
                 k, v = (past.to(q.dtype) for past in cache)  # [B, S, H, D]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T or S, D]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.wo(y.transpose(1, 2).reshape(B, T, C))
+        # packed: one call a sequence, so that none sees another; each is large enough to fill the device
+        y = [F.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=mask is None)
+             for qkv in zip(*(x.split(lengths or T, dim=2) if mask is None else (x,) for x in (q, k, v)))]
+        return self.wo(torch.cat([x.transpose(1, 2) for x in y], dim=1).reshape(B, T, C))
 
     def alone(self, z):
         """z [..., C] of a token that sees only itself: its softmax is 1, so what it reads is its own value"""
@@ -115,7 +120,11 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(recompute(swiglu, self.w1(x), self.w3(x)))
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -127,12 +136,15 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.adapter_attn = None  # an MMAdapter or a RepAdapter, once LaVIN puts it here
 
-    def forward(self, x, w, rope, positions=None, cache=None, mask=None):
+    def adapted(self, x, w):
         z = self.attention_norm(x)
-        if self.adapter_attn is not None:
-            z = self.adapter_attn(z, w)  # Eq. (2), on the normalised input; the residual x is untouched
-        x = x + self.attention(z, rope, positions, cache, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return z if self.adapter_attn is None else self.adapter_attn(z, w)  # Eq. (2); the residual x is untouched
+
+    def forward(self, x, w, rope, lengths=None, positions=None, cache=None, mask=None):
+        # frozen products keep nothing for the backward, and what `recompute` covers is cheap to work out again; so a
+        # training step keeps x, q, k, v, attention's output and log-sums, x again, gate and up
+        x = x + self.attention(recompute(self.adapted, x, w), rope, lengths, positions, cache, mask)
+        return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
 class LLaMA(nn.Module):
@@ -144,12 +156,13 @@ class LLaMA(nn.Module):
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
-    def forward(self, x: torch.Tensor, routing: torch.Tensor | None = None, cache: KVCache | None = None,
-                positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, routing: torch.Tensor | None = None, lengths: list[int] | None = None,
+                cache: KVCache | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states after the last norm [B, T, C]; `output` turns those you need into logits.
 
         x          token ids [B, T], or embeddings [B, T, C]
-        routing    w of every layer's adapter, [L, B, 2]; None for a bare LLaMA or plain RepAdapters
+        routing    w of every layer's adapter, [L, sequences, 2]; None for a bare LLaMA or plain RepAdapters
+        lengths    of the sequences packed into the one row of x; None: every row is one sequence
         cache      where keys and values go, and where those of earlier calls are
         positions  [B, T], each token's place in its own sequence; needed only behind a filled cache
         """
@@ -157,15 +170,23 @@ class LLaMA(nn.Module):
             x = self.tok_embeddings(x)
         B, T, C = x.shape
         mask = None
-        if positions is None:
-            positions = torch.arange(T, device=x.device).expand(B, T)
-        else:  # a query sees the slots up to its own position
+        if positions is not None:  # a query sees the slots up to its own position
             mask = (torch.arange(cache.k.shape[2], device=x.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
+        elif lengths is None:
+            positions = torch.arange(T, device=x.device).expand(B, T)
+        else:
+            positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])[None]
+        if routing is None:
+            routing = [None] * len(self.layers)
+        elif lengths is None:
+            routing = routing[:, :, None]  # [L, B, 1, 2]
+        else:
+            n = torch.tensor(lengths, device=x.device)
+            routing = routing.repeat_interleave(n, dim=1, output_size=T)[:, None]  # [L, 1, T, 2]
         rope = rope_table(positions, C // self.cfg.n_heads, self.cfg.rope_theta)
         for i, layer in enumerate(self.layers):
-            w = None if routing is None else routing[i][:, None]  # [B, 1, 2]
             kv = None if cache is None else (cache.k[i], cache.v[i])
-            x = layer(x, w, rope, positions, kv, mask)
+            x = layer(x, routing[i], rope, lengths, positions, kv, mask)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:

@@ -138,8 +138,8 @@ def test_a_step_has_the_same_samples_for_any_number_of_ranks():
             for rank in range(ranks):
                 steps = data.Steps(examples, 8, micro, rank, ranks, seed=3, image_size=4, normalize="clip")
                 batches, n = steps[step]
-                assert all(len(b.tokens) <= micro for b in batches)
-                rows += [tuple(r[:l].tolist()) for b in batches for r, l in zip(b.tokens, b.lengths)]
+                assert all(len(b.packed) <= micro and b.tokens.shape == (1, sum(b.packed)) for b in batches)
+                rows += [tuple(ids.tolist()) for b in batches for ids in b.tokens[0].split(b.packed)]
                 targets.add(n)
             sets.append((sorted(rows), targets))
             assert targets == {sum((b != IGNORE).sum().item() for rank in range(ranks) for b in

@@ -1,6 +1,7 @@
 """What must hold of the model whatever its weights: counts, identity at the start, caching, independence of rows."""
 import pytest
 import torch
+import torch.nn.functional as F
 
 import adapters
 import clip
@@ -8,7 +9,7 @@ import llama
 from adapters import AdapterConfig, trainable
 from clip import VisionTransformer
 from conftest import CLIP, LLAMA, ROWS, close, make_batch, make_lavin, randomize
-from lavin import LaVIN, LaVINConfig
+from lavin import LaVIN, LaVINConfig, NegativeLogLikelihood
 from llama import KVCache, LLaMA
 
 
@@ -67,14 +68,14 @@ def test_cached_equals_uncached_with_ragged_prompts_and_both_modalities(lavin):
         cut = make_batch([(r[0][: n - 2 - 2 * r[2]], 0, r[2]) for r, n in zip(ROWS, prompts)])
         cut = cut._replace(images=batch.images)
         cache = KVCache(LLAMA, len(ROWS), batch.tokens.shape[1] + 4)
-        h = lavin.llama(lavin.embed(cut), w, cache)
+        h = lavin.llama(lavin.embed(cut), w, cache=cache)
         rows = torch.arange(len(ROWS))
         assert close(h[rows, cut.lengths - 1], whole[rows, cut.lengths - 1])
         for step in range(3):
             at = cut.lengths + step
             inside = at < batch.lengths
             ids = batch.tokens[rows, at.clamp(max=batch.tokens.shape[1] - 1)]
-            h = lavin.llama(ids[:, None], w, cache, positions=at[:, None])
+            h = lavin.llama(ids[:, None], w, cache=cache, positions=at[:, None])
             assert close(h[inside, 0], whole[rows[inside], at[inside]])
 
 
@@ -83,8 +84,8 @@ def test_several_tokens_behind_a_filled_cache(lavin):
     with torch.no_grad():
         w = lavin.routing(torch.tensor([0, 1]))
         whole, cache = lavin.llama(ids, w), KVCache(LLAMA, 2, 16)
-        lavin.llama(ids[:, :4], w, cache)
-        rest = lavin.llama(ids[:, 4:], w, cache, positions=torch.arange(4, 11).expand(2, -1))
+        lavin.llama(ids[:, :4], w, cache=cache)
+        rest = lavin.llama(ids[:, 4:], w, cache=cache, positions=torch.arange(4, 11).expand(2, -1))
     assert close(rest, whole[:, 4:])
 
 
@@ -139,9 +140,36 @@ def test_the_vit_sees_only_the_pictures_that_exist(lavin, monkeypatch):
     assert seen == [2]
 
 
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    model(batch).backward()
+    return {n: p.grad for n, p in trainable(model).items()}
+
+
+def test_packed_equals_padded(lavin):
+    """Samples end to end in one row: the same loss and the same gradients, without a token of padding."""
+    batch = make_batch(ROWS)
+    packed = batch.pack()
+    assert packed.tokens.shape == (1, batch.lengths.sum())
+    assert close(lavin(packed).detach(), lavin(batch).detach())
+    padded = gradients(lavin, batch)
+    assert all(close(g, padded[n]) for n, g in gradients(lavin, packed).items())
+
+
+def test_chunked_loss_equals_the_whole_one(lavin, monkeypatch):
+    batch = make_batch(ROWS)
+    h = lavin.llama(lavin.embed(batch), lavin.routing(batch.modality))
+    loss = F.cross_entropy(lavin.llama.output(h).flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
+    expected = dict(zip(trainable(lavin), torch.autograd.grad(loss / 7, trainable(lavin).values())))
+    for rows in (3, 256):
+        monkeypatch.setattr(NegativeLogLikelihood, "ROWS", rows)
+        assert close(lavin(batch).detach(), loss.detach())
+        assert all(close(g / 7, expected[n]) for n, g in gradients(lavin, batch).items())
+
+
 def test_logits_only_where_there_is_a_target(lavin, monkeypatch):
-    rows = []
-    lavin.llama.output.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    rows, softmax = [], F.log_softmax
+    monkeypatch.setattr(F, "log_softmax", lambda x, **kw: rows.append(x.shape[0]) or softmax(x, **kw))
     lavin(make_batch(ROWS))
     assert rows == [sum(n for _, n, _ in ROWS)]
 

@@ -1,0 +1,179 @@
+"""The loop: any split of the batch gives the same update, nothing is lost when it is stopped, mistakes are one line."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cli
+import train
+from conftest import ROOT
+from tiny import world
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    world.write(folder, seed=5, sizes={"test": 8, "val": 4, "train": 48})
+    return folder
+
+
+def flags(small_world, out, **kw) -> list[str]:
+    kw = {"data": small_world, "out": out, "split": "", "llama": ROOT / "tiny/llama", "clip": ROOT / "tiny/clip",
+          "batch_size": 8, "micro_batch": 8, "save_every": 2, "log_every": 1, "device": "cpu", **kw}
+    return [x for k, v in kw.items() for x in ((f"--{k}",) if v is True else (f"--{k}", str(v)))]
+
+
+def run(monkeypatch, argv: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    cli.run(train.main)
+
+
+def fails(monkeypatch, argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as e:
+        run(monkeypatch, argv)
+    assert e.value.code != 0
+    return str(e.value.code)
+
+
+def adapters(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapters.safetensors")
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    a, b = adapters(a), adapters(b)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path, monkeypatch):
+    """The released loss is a mean of micro-batch means, so it depends on this split; here only rounding does.
+
+    The rates of the first steps are those of a default run: Adam divides a gradient by its own size, so where that is
+    nearly zero it turns rounding into up to a thousandth of a whole step.
+    """
+    start = dict(steps=5, epochs=20, warmup=6)
+    for name, micro in (("one", 8), ("two", 4), ("many", 3)):
+        run(monkeypatch, flags(small_world, tmp_path / name, micro_batch=micro, **start))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+               *flags(small_world, tmp_path / "ranks", micro_batch=4, **start)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one = adapters(tmp_path / "one")
+    moved = max(x.abs().max().item() for n, x in one.items() if "phi_u" in n)
+    assert moved > 1e-4, "nothing was learned, so nothing was compared"
+    for name in ("two", "many", "ranks"):
+        other = adapters(tmp_path / name)
+        assert max((one[n] - other[n]).abs().max().item() for n in one) < 1e-6, name
+
+
+def test_resume_is_bit_exact(small_world, tmp_path, monkeypatch):
+    straight, stopped = flags(small_world, tmp_path / "a", dropout=0.1), flags(small_world, tmp_path / "b", dropout=0.1)
+    run(monkeypatch, [*straight, "--steps", "6"])
+    run(monkeypatch, [*stopped, "--steps", "3"])
+    assert not same_bits(tmp_path / "a", tmp_path / "b")
+    run(monkeypatch, [*stopped, "--steps", "6", "--resume"])
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+    rows = [json.loads(line) for line in open(tmp_path / "b/log.jsonl")]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and all(r["loss"] > 0 for r in rows)
+
+
+def test_killed_at_any_moment_nothing_is_lost(small_world, tmp_path, monkeypatch):
+    command = [sys.executable, "train.py", *flags(small_world, tmp_path / "k", epochs=500)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    while not (tmp_path / "k/checkpoint.pt").is_file():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = torch.load(tmp_path / "k/checkpoint.pt", weights_only=True)["step"]
+    run(monkeypatch, [*flags(small_world, tmp_path / "k", epochs=500), "--resume", "--steps", str(done + 2)])
+    run(monkeypatch, flags(small_world, tmp_path / "s", epochs=500, steps=done + 2))
+    assert same_bits(tmp_path / "k", tmp_path / "s")
+
+
+def test_frozen_tensors_keep_every_bit(small_world, tmp_path, monkeypatch):
+    kept, build = {}, train.build
+
+    def spy(*args):
+        kept["model"], tokenizer = build(*args)
+        kept["before"] = {n: p.clone() for n, p in kept["model"].named_parameters()}
+        return kept["model"], tokenizer
+
+    monkeypatch.setattr(train, "build", spy)
+    run(monkeypatch, flags(small_world, tmp_path, steps=4))
+    changed = {n for n, p in kept["model"].named_parameters() if not torch.equal(p, kept["before"][n])}
+    assert changed == {n for n in kept["before"] if "adapter_" in n}
+
+
+@pytest.mark.parametrize("choice", [["--no-vision", "--adapter", "rep"], ["--no-vit_adapters", "--adapter", "rep"]])
+def test_rows_of_table_2_train_and_answer(small_world, tmp_path, monkeypatch, capsys, choice):
+    run(monkeypatch, [*flags(small_world, tmp_path, steps=2, split="test", max_new_tokens=4), *choice])
+    assert "NAT" in capsys.readouterr().out
+    answers = json.loads((tmp_path / "predictions.json").read_text())
+    assert len(answers) == 8 and json.loads((tmp_path / "scores.json").read_text())["columns"]["Avg"][1] == 8
+
+
+def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
+    def message(*argv, **kw):
+        text = fails(monkeypatch, [*flags(small_world, tmp_path / "out", **kw), *argv])
+        assert "\n" not in text.strip() and "Traceback" not in text
+        return text
+
+    assert "no such folder of LLaMA weights" in message(llama=tmp_path / "none")
+    assert "no such folder of CLIP weights" in message(clip=tmp_path / "none")
+    assert "problems.json: no such file" in message(data=tmp_path / "none")
+    assert "no split 'dev'; it has" in message(split="dev")
+    assert "unknown prompt format 'QCM'" in message(format="QCM")
+    assert "known: imagenet, clip" in message(normalize="nonesuch")
+    assert "known: mm, rep" in message(adapter="nonesuch")
+    assert "known: auto, fp32, bf16" in message(dtype="int3")
+    assert "nothing to resume from" in message("--resume")
+    assert "more than this LLaMA's context" in message(max_len=10 ** 6)
+    assert "no sample of the train split" in message(max_len=2)
+    assert fails(monkeypatch, ["--batchsize", "3"]) == "2"
+    assert "unknown flag --batchsize; did you mean --batch_size" in capsys.readouterr().err
+    assert fails(monkeypatch, ["--recipe", "soup"]) == "2" and "known: tiny, paper" in capsys.readouterr().err
+    assert fails(monkeypatch, ["--batch_size", "many"]) == "2" and "invalid int value" in capsys.readouterr().err
+    run(monkeypatch, flags(small_world, tmp_path / "r", steps=1))
+    text = fails(monkeypatch, [*flags(small_world, tmp_path / "r", lr=0.5), "--resume"])
+    assert "the checkpoint was trained with --lr 0.048, not 0.5" in text
+    (tmp_path / "r/checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert "not a readable checkpoint" in fails(monkeypatch, [*flags(small_world, tmp_path / "r"), "--resume"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_world, tmp_path, monkeypatch):
+    text = fails(monkeypatch, flags(small_world, tmp_path, steps=20, lr=1e30, warmup=0))
+    assert "is not finite; its samples: " in text and "\n" not in text
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["adapters"] if (tmp_path / "checkpoint.pt").exists() else {}
+    assert all(x.isfinite().all() for x in saved.values())
+
+
+def test_the_paper_recipe_is_the_papers():
+    cfg = cli.parse(train.Config, train.RECIPES, ["--recipe", "paper"])
+    assert (cfg.epochs, cfg.batch_size, cfg.weight_decay, cfg.warmup, cfg.adapter_dim, cfg.tau) == (20, 32, 0.02, 2, 8, 10)
+    assert cfg.lr * cfg.batch_size / 256 == pytest.approx(1.125e-3) and cfg.format == "QCM-ALE" and cfg.max_len == 512
+    tiny = cli.parse(train.Config, train.RECIPES, ["--epochs", "1"])
+    assert tiny.epochs == 1 and tiny.format == "QCM-EA"
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    rates = [train.schedule(i, 10, 100) for i in range(101)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1 and rates[100] == 0
+    assert rates[55] == pytest.approx(0.5)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_help_shows_defaults_and_comments(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(train.Config, train.RECIPES, ["--help"])
+    text = capsys.readouterr().out
+    for f in dataclasses.fields(train.Config):
+        assert f"--{f.name}" in text
+    assert "base rate: the rate used is lr x batch_size / 256" in " ".join(text.split())
