@@ -145,8 +145,11 @@ FORMAT = "lavin-adapters"
 
 def save_adapters(path: str | Path, model: nn.Module, meta: dict) -> None:
     """Write the adapters of `model` as fp32 safetensors with `meta` (JSON) beside them, atomically."""
+    write_adapters(path, {n: p.detach().float().contiguous().cpu() for n, p in trainable(model).items()}, meta)
+
+
+def write_adapters(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     path = Path(path)
-    tensors = {n: p.detach().float().contiguous().cpu() for n, p in trainable(model).items()}
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata={"format": FORMAT, "config": json.dumps(meta)})
     part.replace(path)

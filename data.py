@@ -22,7 +22,6 @@ import torch
 from clip import open_image, preprocess
 
 LETTERS = "ABCDE"
-IGNORE = -100  # a position without a target
 
 
 @dataclass
@@ -169,39 +168,42 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
 
 
 class Batch(NamedTuple):
-    """n samples: for generation one a row, padded behind its end where causal attention never looks; for training all
-    packed into one row, without any padding."""
+    """Samples side by side, one a row, padded behind its end where causal attention never looks (B rows); or packed end
+    to end into one row without any padding (B = 1). Indices count through tokens.flatten()."""
     tokens: torch.Tensor  # [B, T]
-    targets: torch.Tensor  # [B, T], the token that each position must predict, or IGNORE
-    lengths: torch.Tensor  # [n]
-    modality: torch.Tensor  # [n], 1 with a picture
-    slots: torch.Tensor  # [B, T], True where a picture's tokens go
+    where: torch.Tensor  # [targets], positions that must predict a token of a response
+    targets: torch.Tensor  # [targets], that token
+    modality: torch.Tensor  # 1 with a picture: [B, 1], packed [1, T]
+    slots: torch.Tensor  # [N n_cls], where the tokens of the pictures go
     images: torch.Tensor | None  # [N, 3, H, W] of the samples that have one, in their order
-    packed: list[int] | None = None  # the lengths, if packed: known without asking the device
+    lengths: torch.Tensor  # [samples]
+    positions: torch.Tensor | None = None  # packed: [1, T], place of each token in its own sequence
+    packed: list[int] | None = None  # packed: the lengths once more, known without asking the device
 
     def to(self, device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
 
-    def pack(self) -> "Batch":
-        real = torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
-        tokens, targets, slots = (x[real][None] for x in (self.tokens, self.targets, self.slots))
-        return self._replace(tokens=tokens, targets=targets, slots=slots, packed=self.lengths.tolist())
 
-
-def collate(examples: list[Example], image_size: int, normalize: str) -> Batch:
-    """One sample a row. Pictures are decoded here: in a DataLoader that is a worker's work."""
-    B, T = len(examples), max(len(e.ids) for e in examples)
-    tokens = torch.zeros(B, T, dtype=torch.long)
-    targets = torch.full((B, T), IGNORE)
-    slots = torch.zeros(B, T, dtype=torch.bool)
-    for row, e in enumerate(examples):
-        ids = torch.tensor(e.ids)
-        tokens[row, : len(ids)] = ids
-        targets[row, e.start - 1: len(ids) - 1] = ids[e.start:]
-        slots[row, e.slot: e.slot + e.n_slots] = True
+def collate(examples: list[Example], image_size: int, normalize: str, pack: bool = False) -> Batch:
+    """Pictures are decoded here: in a DataLoader that is a worker's work."""
+    lengths = [len(e.ids) for e in examples]
+    B, T = (1, sum(lengths)) if pack else (len(examples), max(lengths))
+    starts = np.cumsum([0, *lengths[:-1]]) if pack else range(0, B * T, T)
+    tokens = torch.zeros(B * T, dtype=torch.long)
+    where, slots = [], []
+    for e, at in zip(examples, map(int, starts)):
+        tokens[at: at + len(e.ids)] = torch.tensor(e.ids)
+        where += range(at + e.start - 1, at + len(e.ids) - 1)
+        slots += range(at + e.slot, at + e.slot + e.n_slots)
+    where = torch.tensor(where, dtype=torch.long)
     images = [preprocess(open_image(e.sample.image), image_size, normalize) for e in examples if e.n_slots]
-    return Batch(tokens, targets, torch.tensor([len(e.ids) for e in examples]),
-                 torch.tensor([int(e.n_slots > 0) for e in examples]), slots, torch.stack(images) if images else None)
+    modality, sizes = torch.tensor([int(e.n_slots > 0) for e in examples]), torch.tensor(lengths)
+    batch = Batch(tokens.view(B, T), where, tokens[where + 1], modality[:, None], torch.tensor(slots, dtype=torch.long),
+                  torch.stack(images) if images else None, sizes)
+    if pack:
+        batch = batch._replace(modality=modality.repeat_interleave(sizes)[None], packed=lengths,
+                               positions=torch.cat([torch.arange(n) for n in lengths])[None])
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -247,4 +249,5 @@ class Steps(torch.utils.data.Dataset):
         chosen = self.chosen(step)
         n_targets = sum(len(self.examples[i].ids) - self.examples[i].start for i in chosen)
         mine = deal(chosen, self.lengths, self.ranks, self.micro)[self.rank]
-        return [collate([self.examples[i] for i in m], self.image_size, self.normalize).pack() for m in mine], n_targets
+        return [collate([self.examples[i] for i in m], self.image_size, self.normalize, pack=True)
+                for m in mine], n_targets

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import adapters
+import weights
 from adapters import AdapterConfig, MMAdapter
 from clip import VisionTransformer
 from llama import KVCache, LLaMA
@@ -107,7 +108,7 @@ class LaVIN(nn.Module):
     # input
 
     def routing(self, modality: torch.Tensor) -> torch.Tensor | None:
-        """modality [B] of TEXT or IMAGE -> w [L, B, 2]; None if the adapters have no router"""
+        """modality [..] of TEXT or IMAGE -> w [L, .., 2]; None if the adapters have no router"""
         if self.cfg.adapter.kind != "mm":
             return None
         t_m = self.adapter_modality_embedding.weight  # Eq. (1): t_m = m E_m, for both one-hot m at once: [2, C]
@@ -123,7 +124,7 @@ class LaVIN(nn.Module):
             return z
         x = self.adapter_proj(self.vit(batch.images))  # [N, n, C]
         # Eq. (7): Z = [t_m, X', Y] with a picture, [t_m, Y] without; t_m runs beside it, see LLaMA.route
-        return z.masked_scatter(batch.slots[..., None], x.to(z.dtype))
+        return z.flatten(0, 1).index_copy(0, batch.slots, x.flatten(0, 1).to(z.dtype)).view_as(z)
 
     # -----------------------------------------------------------------------------------------------
     # training
@@ -135,10 +136,10 @@ class LaVIN(nn.Module):
         split into ranks and accumulation steps. (The released code averages per-micro-batch means.)
         """
         with self.autocast():
-            h = self.llama(self.embed(batch), self.routing(batch.modality), batch.packed)  # [B, T, C]
-            wanted = batch.targets >= 0  # no logits where nothing is asked
+            h = self.llama(self.embed(batch), self.routing(batch.modality), batch.positions, batch.packed)
+            h = h.flatten(0, 1)[batch.where]  # [targets, C]: no logits where nothing is asked
             # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s runs to S + 1, the EOS
-            return NegativeLogLikelihood.apply(h[wanted], self.llama.output.weight, batch.targets[wanted])
+            return NegativeLogLikelihood.apply(h, self.llama.output.weight, batch.targets)
 
     # -----------------------------------------------------------------------------------------------
     # generation
@@ -174,7 +175,7 @@ class LaVIN(nn.Module):
                     return
                 yield [None if d else t for d, t in zip(done, ids)]
                 if i + 1 < max_new_tokens:
-                    h = self.llama(token[:, None], w, cache=cache, positions=batch.lengths[:, None] + i)[:, 0]
+                    h = self.llama(token[:, None], w, batch.lengths[:, None] + i, cache=cache)[:, 0]
 
     def generate(self, batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""
@@ -218,17 +219,21 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.G
 
 def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device="cpu", dtype=torch.float32,
          any_base: bool = False) -> tuple[LaVIN, dict]:
-    """(model, metadata) from an adapter file and the base it was trained on.
+    """(model, metadata) from an adapter file, ours or a released .pth, and the base it was trained on.
 
     ValueError if the base has other sizes, or other weights unless `any_base`.
     """
-    tensors, meta = adapters.read_adapters(path)
+    tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})
     llama = LLaMA.from_pretrained(llama_path, device, dtype)
+    sizes = [(size["dim"], size["n_layers"]) for size in (meta["llama"], asdict(llama.cfg))]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{path}: for a LLaMA of (width, layers) {sizes[0]}, {llama_path} has {sizes[1]}; "
+                         "point --llama at the one it was trained on")
     vit = VisionTransformer.from_pretrained(clip_path, device, dtype) if cfg.vision else None
     model = LaVIN(llama, vit, cfg)
     adapters.load_adapters(model, tensors, str(path))
-    if meta["base"] != model.fingerprint() and not any_base:
+    if meta["base"] not in (None, model.fingerprint()) and not any_base:  # None: released files do not tell
         raise ValueError(f"{path}: trained on another base than {llama_path} + {clip_path} (fingerprint {meta['base']}, "
                          f"here {model.fingerprint()}); point --llama and --clip at that one, or pass --any_base")
     return model.to(device).eval(), meta

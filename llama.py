@@ -13,6 +13,7 @@ T the sum of all sequences' lengths.
 """
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable, Iterator
 
 import torch
 import torch.nn as nn
@@ -156,37 +157,29 @@ class LLaMA(nn.Module):
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
-    def forward(self, x: torch.Tensor, routing: torch.Tensor | None = None, lengths: list[int] | None = None,
-                cache: KVCache | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, routing: torch.Tensor | None = None, positions: torch.Tensor | None = None,
+                lengths: list[int] | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """Hidden states after the last norm [B, T, C]; `output` turns those you need into logits.
 
         x          token ids [B, T], or embeddings [B, T, C]
-        routing    w of every layer's adapter, [L, sequences, 2]; None for a bare LLaMA or plain RepAdapters
+        routing    w of every layer's adapter, [L, B or 1, T or 1, 2]; None for a bare LLaMA or plain RepAdapters
+        positions  [B, T], each token's place in its own sequence; None: 0, 1, ..
         lengths    of the sequences packed into the one row of x; None: every row is one sequence
-        cache      where keys and values go, and where those of earlier calls are
-        positions  [B, T], each token's place in its own sequence; needed only behind a filled cache
+        cache      where keys and values go; with positions, also where those of earlier calls are
         """
         if not x.is_floating_point():
             x = self.tok_embeddings(x)
         B, T, C = x.shape
         mask = None
-        if positions is not None:  # a query sees the slots up to its own position
-            mask = (torch.arange(cache.k.shape[2], device=x.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
-        elif lengths is None:
+        if positions is None:
             positions = torch.arange(T, device=x.device).expand(B, T)
-        else:
-            positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])[None]
-        if routing is None:
-            routing = [None] * len(self.layers)
-        elif lengths is None:
-            routing = routing[:, :, None]  # [L, B, 1, 2]
-        else:
-            n = torch.tensor(lengths, device=x.device)
-            routing = routing.repeat_interleave(n, dim=1, output_size=T)[:, None]  # [L, 1, T, 2]
+        elif cache is not None:  # a query sees the slots up to its own position
+            mask = (torch.arange(cache.k.shape[2], device=x.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
         rope = rope_table(positions, C // self.cfg.n_heads, self.cfg.rope_theta)
         for i, layer in enumerate(self.layers):
+            w = None if routing is None else routing[i]
             kv = None if cache is None else (cache.k[i], cache.v[i])
-            x = layer(x, routing[i], rope, lengths, positions, kv, mask)
+            x = layer(x, w, rope, lengths, positions, kv, mask)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
@@ -229,9 +222,34 @@ class Tokenizer:
             raise ValueError(f"{path}: not a sentencepiece model") from None
         self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, vocab_size: int) -> "Tokenizer":
+        """The tokenizer of a folder of LLaMA weights; ValueError if those have another vocabulary."""
+        file = weights.tokenizer_path(path)
+        tokenizer = cls(file)
+        if tokenizer.vocab_size != vocab_size:
+            raise ValueError(f"{file}: {tokenizer.vocab_size} pieces, but the LLaMA has embeddings for {vocab_size}; "
+                             "put the tokenizer.model of this LLaMA there")
+        return tokenizer
+
     def encode(self, text: str) -> list[int]:
         """ids without BOS and EOS"""
         return self.sp.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.sp.decode(ids)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Ids as they come -> the same text as `decode` of all, piece by piece.
+
+        A character may be several byte tokens. Until its last has come, decoding ends in U+FFFD: that is held back.
+        """
+        seen, text, shown = [], "", ""
+        for id in ids:
+            seen.append(id)
+            text = self.decode(seen)
+            if not text.endswith("\ufffd"):
+                yield text[len(shown):]
+                shown = text
+        if text != shown:  # the text does end inside a character
+            yield text[len(shown):]

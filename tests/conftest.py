@@ -12,7 +12,7 @@ import torch
 
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer
-from data import Batch
+from data import Batch, Example, Sample, collate
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 
@@ -42,23 +42,22 @@ def make_lavin(seed: int = 0, trained: bool = True, **cfg) -> LaVIN:
     return model.eval()
 
 
-def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0) -> Batch:
-    """rows of (ids behind BOS, how many of them are response, has a picture); the picture's slots follow id 1, 7"""
-    g = torch.Generator().manual_seed(seed)
-    heads = [[1, 7] + [0] * N_CLS * picture for _, _, picture in rows]
-    seqs = [head + ids for head, (ids, _, _) in zip(heads, rows)]
-    T = max(map(len, seqs))
-    tokens, targets, slots = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -100), torch.zeros(len(rows), T, dtype=torch.bool)
-    for i, (seq, (ids, n, picture)) in enumerate(zip(seqs, rows)):
-        tokens[i, :len(seq)] = torch.tensor(seq)
-        if n:
-            targets[i, len(seq) - n - 1: len(seq) - 1] = torch.tensor(seq[-n:])
-        slots[i, 2: 2 + N_CLS * picture] = True
+def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0, pack: bool = False) -> Batch:
+    """rows of (ids behind BOS, how many of them are response, has a picture); the picture's slots follow ids 1, 7"""
+    examples = []
+    for ids, n, picture in rows:
+        ids = [1, 7] + [0] * N_CLS * picture + ids
+        sample = Sample("", "", "", None, {})
+        examples.append(Example(sample, ids, len(ids) - n, 2, 0))
+    batch = collate(examples, CLIP.image_size, "clip", pack)
+    starts = [0, *batch.lengths.cumsum(0)[:-1].tolist()] if pack else range(0, batch.tokens.numel(), batch.tokens.shape[1])
+    slots = [at + 2 + k for at, (_, _, picture) in zip(starts, rows) for k in range(N_CLS * picture)]
+    modality = torch.tensor([int(picture) for _, _, picture in rows])
     # each row's picture depends on its ids alone, so that a row can be compared with itself in another batch
-    images = [torch.randn(3, CLIP.image_size, CLIP.image_size, generator=g.manual_seed(seed + sum(ids)))
+    images = [torch.randn(3, CLIP.image_size, CLIP.image_size, generator=torch.Generator().manual_seed(seed + sum(ids)))
               for ids, _, picture in rows if picture]
-    return Batch(tokens, targets, torch.tensor([len(s) for s in seqs]), torch.tensor([int(r[2]) for r in rows]), slots,
-                 torch.stack(images) if images else None)
+    return batch._replace(slots=torch.tensor(slots, dtype=torch.long), images=torch.stack(images) if images else None,
+                          modality=modality.repeat_interleave(batch.lengths)[None] if pack else modality[:, None])
 
 
 ROWS = [([5, 9, 11, 3, 2], 2, True), ([8, 4, 6], 1, False), ([20, 31, 7, 12, 40, 41, 13, 2], 4, True),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import data
-from data import IGNORE, Sample, build_prompt, build_response
+from data import Sample, build_prompt, build_response
 from conftest import ROOT
 
 REAL = ROOT.parent / "shared/data"
@@ -99,15 +99,19 @@ def test_tokens_targets_and_slots(tmp_path):
     assert with_picture.ids == [1, label, 0, 0, 0, one, two, three, four, 2]
     assert text.ids == [1, *na, one, two, three, 2]
     batch = data.collate([with_picture, text], 4, "clip")
-    assert batch.tokens.shape == (2, 10) and batch.lengths.tolist() == [10, 7] and batch.modality.tolist() == [1, 0]
-    assert batch.targets[0].tolist() == [IGNORE] * 6 + [three, four, 2, IGNORE]
-    assert batch.targets[1].tolist() == [IGNORE] * 4 + [three, 2] + [IGNORE] * 4
-    assert batch.slots[0].nonzero().flatten().tolist() == [2, 3, 4] and not batch.slots[1].any()
+    assert batch.tokens.shape == (2, 10) and batch.lengths.tolist() == [10, 7] and batch.modality.tolist() == [[1], [0]]
+    assert batch.where.tolist() == [6, 7, 8, 14, 15] and batch.targets.tolist() == [three, four, 2, three, 2]
+    assert batch.slots.tolist() == [2, 3, 4]
     assert batch.images.shape == (1, 3, 4, 4)
     red = (torch.tensor([1.0, 0, 0]) - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
     assert torch.allclose(batch.images[0, :, 2, 2], red)
     prompt = data.encode(sample(" one two", "", tmp_path / "x.png"), words, 3)
-    assert prompt.ids == with_picture.ids[:7] and (data.collate([prompt], 4, "clip").targets == IGNORE).all()
+    assert prompt.ids == with_picture.ids[:7] and data.collate([prompt], 4, "clip").targets.tolist() == []
+    packed = data.collate([text, with_picture], 4, "clip", pack=True)
+    assert packed.tokens.tolist() == [text.ids + with_picture.ids] and packed.packed == [7, 10]
+    assert packed.positions.tolist() == [[*range(7), *range(10)]] and packed.modality.tolist() == [[0] * 7 + [1] * 10]
+    assert packed.where.tolist() == [4, 5, 13, 14, 15] and packed.targets.tolist() == [three, 2, three, four, 2]
+    assert packed.slots.tolist() == [9, 10, 11] and torch.equal(packed.images, batch.images)
 
 
 def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
@@ -118,7 +122,7 @@ def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
     assert lengths == [8, 10, 11]
     examples, count = data.encode_all(samples, words, 0, max_len=8)
     assert count == {"kept": 2, "cut": 1, "dropped": 1} and [len(e.ids) for e in examples] == [8, 8]
-    assert all((data.collate([e], 4, "clip").targets != IGNORE).any() for e in examples)
+    assert all(len(data.collate([e], 4, "clip").targets) for e in examples)
 
 
 def test_answers_are_read_off_the_generated_text():
@@ -142,8 +146,8 @@ def test_a_step_has_the_same_samples_for_any_number_of_ranks():
                 rows += [tuple(ids.tolist()) for b in batches for ids in b.tokens[0].split(b.packed)]
                 targets.add(n)
             sets.append((sorted(rows), targets))
-            assert targets == {sum((b != IGNORE).sum().item() for rank in range(ranks) for b in
-                                   (x.targets for x in data.Steps(examples, 8, micro, rank, ranks, 3, 4, "clip")[step][0]))}
+            assert targets == {sum(len(b.targets) for rank in range(ranks) for b in
+                                   data.Steps(examples, 8, micro, rank, ranks, 3, 4, "clip")[step][0])}
         assert all(s == sets[0] for s in sets)
         if step < steps.per_epoch:
             seen.update(steps.chosen(step))
