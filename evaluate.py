@@ -33,13 +33,17 @@ COLUMNS = {  # of Table 1, in its order
 
 def answer(model, tokenizer, samples: list[data.Sample], max_new_tokens: int, temperature: float = 0.0,
            top_p: float = 0.75, seed: int = 0, batch_size: int = 64, progress: bool = True) -> dict[str, str]:
-    """{id: generated text} for samples whose response is ignored; pictures go through the ViT once."""
+    """{id: generated text} for samples whose response is ignored. Folds the model's adapters."""
+    if not model.folded:
+        model.fold(lavin.TEXT, lavin.IMAGE)
     prompts = [data.encode(data.Sample(s.id, s.prompt, "", s.image, s.problem), tokenizer,
                            model.vit.n_cls if model.vit else 0) for s in samples]
-    prompts.sort(key=lambda e: len(e.ids))  # neighbours in length: little padding
+    prompts.sort(key=lambda e: (e.n_slots > 0, len(e.ids)))  # one modality a batch, neighbours in length: little padding
+    first = sum(e.n_slots == 0 for e in prompts)
+    starts = [*range(0, first, batch_size), *range(first, len(prompts), batch_size)]
     size, texts, started = model.vit.cfg.image_size if model.vit else 0, {}, time.time()
-    for k in range(0, len(prompts), batch_size):
-        rows = prompts[k: k + batch_size]
+    for k, end in zip(starts, [*starts[1:], len(prompts)]):
+        rows = prompts[k: end]
         batch = data.collate(rows, size, model.cfg.normalize).to(model.device)
         ids = model.generate(batch, max_new_tokens, tokenizer.eos, temperature=temperature, top_p=top_p, seed=seed)
         texts.update({e.sample.id: tokenizer.decode(i) for e, i in zip(rows, ids)})

@@ -92,6 +92,7 @@ class LaVIN(nn.Module):
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, d)
             for block in vit.transformer.resblocks if cfg.vit_adapters else ():
                 block.adapter_attn, block.routing = MMAdapter(vit.cfg.width, cfg.adapter), cfg.vit_routing
+        self.folded = {}  # modality -> wq, wk, wv of every layer, see fold
         adapters.freeze_base(self)
 
     @property
@@ -109,7 +110,7 @@ class LaVIN(nn.Module):
 
     def routing(self, modality: torch.Tensor) -> torch.Tensor | None:
         """modality [..] of TEXT or IMAGE -> w [L, .., 2]; None if the adapters have no router"""
-        if self.cfg.adapter.kind != "mm":
+        if self.cfg.adapter.kind != "mm" or self.folded:
             return None
         t_m = self.adapter_modality_embedding.weight  # Eq. (1): t_m = m E_m, for both one-hot m at once: [2, C]
         return self.llama.route(t_m.to(self.llama.norm.weight.dtype))[:, modality]
@@ -144,7 +145,31 @@ class LaVIN(nn.Module):
     # -----------------------------------------------------------------------------------------------
     # generation
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def fold(self, *modalities: int) -> "LaVIN":
+        """Fold LLaMA's adapters into the projections behind them, for answering in these modalities only.
+
+        In LLaMA the routing weights are constants of the modality, so an adapter is one affine map for each, and costs
+        nothing any more; a second modality costs a second set of wq, wk, wv. The ViT's adapters are routed by each
+        picture's own [cls]: no constant map to fold there. Not to be trained or saved afterwards.
+        """
+        w = self.routing(torch.tensor(modalities, device=self.device))  # [L, modalities, 2] or None
+        for k, m in enumerate(modalities):
+            self.folded[m] = [[adapters.fold(x, layer.adapter_attn, None if w is None else w[i, k])
+                               for x in (layer.attention.wq, layer.attention.wk, layer.attention.wv)]
+                              for i, layer in enumerate(self.llama.layers)]
+        for layer in self.llama.layers:
+            layer.adapter_attn = None
+        self.enter(modalities[0])
+        return self
+
+    def enter(self, modality: int) -> None:
+        """put one modality's folded projections to work"""
+        if modality not in self.folded:
+            raise ValueError(f"folded for modalities {list(self.folded)}, asked in {modality}; fold for both")
+        for layer, qkv in zip(self.llama.layers, self.folded[modality]):
+            layer.attention.wq, layer.attention.wk, layer.attention.wv = qkv
+
     def stream(self, batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
                seed: int = 0) -> Iterator[list[int | None]]:
         """Yield, step by step, the next token of each row of `batch`, None for rows that are done.
@@ -158,24 +183,29 @@ class LaVIN(nn.Module):
             raise ValueError(f"the prompt has {int(batch.lengths.max())} tokens; this LLaMA's context holds "
                              f"{self.llama.cfg.max_seq_len}, answer included")
         max_new_tokens = min(max_new_tokens, room)
+        if self.folded:
+            modalities = batch.modality.unique().tolist()
+            assert len(modalities) == 1, "a folded model answers one modality at a time"
+            self.enter(modalities[0])
         B, T = batch.tokens.shape
         random = torch.Generator().manual_seed(seed)
         done = [False] * B
-        with self.autocast():
+        with torch.inference_mode(), self.autocast():
             w = self.routing(batch.modality)
             cache = KVCache(self.llama.cfg, B, T + max_new_tokens, self.device, self.llama.norm.weight.dtype)
             h = self.llama(self.embed(batch), w, cache=cache)
             h = h[torch.arange(B, device=h.device), batch.lengths - 1]  # [B, C] at each row's last token
-            for i in range(max_new_tokens):
+        for i in range(max_new_tokens):
+            with torch.inference_mode(), self.autocast():  # never across a yield: both are states of the whole thread
+                if i:
+                    h = self.llama(token[:, None], w, batch.lengths[:, None] + i - 1, cache=cache)[:, 0]
                 # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
                 token = pick(self.llama.output(h).float(), temperature, top_p, random)  # [B]
-                ids = token.tolist()
-                done = [d or t == eos for d, t in zip(done, ids)]
-                if all(done):
-                    return
-                yield [None if d else t for d, t in zip(done, ids)]
-                if i + 1 < max_new_tokens:
-                    h = self.llama(token[:, None], w, batch.lengths[:, None] + i, cache=cache)[:, 0]
+            ids = token.tolist()
+            done = [d or t == eos for d, t in zip(done, ids)]
+            if all(done):
+                return
+            yield [None if d else t for d, t in zip(done, ids)]
 
     def generate(self, batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""

@@ -67,13 +67,14 @@ class Conversation:
         e.start = len(e.ids)  # nothing here is a target
         size = self.model.vit.cfg.image_size if self.image else 0
         batch = data.collate([e], size, self.model.cfg.normalize).to(self.model.device)
-        answer, shown = [], ""
-        for (token,) in self.model.stream(batch, eos=self.tokenizer.eos, **sampling):
-            answer.append(token)
-            text = self.tokenizer.decode(answer)
-            if not text.endswith("\ufffd"):  # else: half a character, wait for the rest
-                yield text[len(shown):]
-                shown = text
+        answer = []
+
+        def tokens():
+            for (token,) in self.model.stream(batch, eos=self.tokenizer.eos, **sampling):
+                answer.append(token)
+                yield token
+
+        yield from self.tokenizer.stream(tokens())
         e.ids += answer + [self.tokenizer.eos]
         self.example, self.n_tokens = e, len(answer)
 
@@ -113,7 +114,8 @@ def main() -> None:
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
-    conversation = Conversation(model, meta, Tokenizer(Path(cfg.llama) / "tokenizer.model"), cfg.image)
+    model.fold(lavin.IMAGE if cfg.image else lavin.TEXT)
+    conversation = Conversation(model, meta, Tokenizer.from_pretrained(cfg.llama, model.llama.cfg.vocab_size), cfg.image)
     if cfg.chat:
         chat(conversation, cfg)
     else:

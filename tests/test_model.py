@@ -122,6 +122,23 @@ def test_answers_do_not_depend_on_batch_mates(lavin, temperature):
     assert together[::-1] == lavin.generate(make_batch(PROMPTS[::-1]), 12, **sampling)
 
 
+@pytest.mark.parametrize("kind", ["mm", "rep"])
+def test_folded_equals_unfolded(kind):
+    """Structural re-parameterisation: no adapter left in LLaMA, the same logits in both modalities."""
+    model, folded = make_lavin(kind=kind, scale=0.7, tau=3.0), make_lavin(kind=kind, scale=0.7, tau=3.0).fold(0, 1)
+    assert all(layer.adapter_attn is None for layer in folded.llama.layers)
+    for rows in ([r for r in ROWS if r[2]], [r for r in ROWS if not r[2]]):
+        batch = make_batch(rows)
+        folded.enter(int(rows[0][2]))
+        with torch.no_grad():
+            logits = [m.llama.output(m.llama(m.embed(batch), m.routing(batch.modality))) for m in (model, folded)]
+        assert close(logits[1], logits[0])
+        prompts = make_batch([(ids, 0, picture) for ids, _, picture in rows])
+        assert folded.generate(prompts, 12, eos=2, temperature=0.0) == model.generate(prompts, 12, eos=2, temperature=0.0)
+    with pytest.raises(ValueError, match="fold for both"):
+        make_lavin().fold(0).generate(make_batch([ROWS[0]]), 2, eos=2)
+
+
 def test_pictures_do_not_depend_on_batch_mates(lavin):
     """The released router sends every picture of a batch the way of the first one."""
     images = torch.randn(4, 3, 16, 16)
