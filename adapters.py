@@ -35,7 +35,35 @@ def recompute(f, *args):
     """
     if not torch.is_grad_enabled():
         return f(*args)
-    return checkpoint(f, *args, use_reentrant=False)
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)  # our only noise is `survives`
+
+
+# splitmix64 (Steele, Lea and Flood, 2014): the n-th number of a seed's stream, without those before it
+GOLDEN, MIX_1, MIX_2 = (x - 2 ** 64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
+
+
+def token_noise(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """A sample's seed and a token's position (int64 of like shape) -> where that token's stretch of numbers begins."""
+    return seed + GOLDEN * (position << 20)
+
+
+def survives(noise: torch.Tensor, salt: int, r: int, p: float) -> torch.Tensor:
+    """Dropout's mask [.., T, r]: each unit is dropped with probability p.
+
+    A function of (sample's seed, position, layer, unit): which ranks and micro-batches a step is spread over, resuming,
+    and working it out a second time for the backward, all change nothing.
+    """
+    x = noise[..., None] + GOLDEN * (salt * r + torch.arange(r, device=noise.device))  # [.., T, r]
+    x = (x ^ (x >> 30)) * MIX_1
+    x = (x ^ (x >> 27)) * MIX_2
+    return ((x ^ (x >> 31)) & 0xFFFFFF) >= p * 2 ** 24
+
+
+def drop(h: torch.Tensor, noise: torch.Tensor | None, salt: int, p: float) -> torch.Tensor:
+    """dropout on h [.., T, r]; none without noise, which is there in training only"""
+    if noise is None or p == 0:
+        return h
+    return h * survives(noise, salt, h.shape[-1], p) / (1 - p)
 
 
 class GroupedLinear(nn.Module):
@@ -68,24 +96,24 @@ class RepAdapter(nn.Module):
     The released code's plain option lost this residual and the scale; both are here.
     """
 
-    def __init__(self, d: int, cfg: AdapterConfig):
+    def __init__(self, d: int, cfg: AdapterConfig, salt: int = 0):
         super().__init__()
-        self.scale, self.dropout = cfg.scale, nn.Dropout(cfg.dropout)
+        self.scale, self.p, self.salt = cfg.scale, cfg.dropout, salt
         self.phi_d = down_projection(d, cfg.dim)
         self.phi_u = GroupedLinear(cfg.dim, d)
 
-    def forward(self, z: torch.Tensor, w: None = None) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, w: None = None, noise: torch.Tensor | None = None) -> torch.Tensor:
         """z [B, T, d] -> [B, T, d]; w is there so that a block need not know which adapter it holds"""
-        h = self.dropout(self.phi_d(z))  # [B, T, r]
+        h = drop(self.phi_d(z), noise, self.salt, self.p)  # [B, T, r]
         return z + self.scale * F.linear(h, self.phi_u.dense(), self.phi_u.bias)
 
 
 class MMAdapter(nn.Module):
     """Mixture-of-modality adapter: two RepAdapters that share phi_d, mixed by routing weights w."""
 
-    def __init__(self, d: int, cfg: AdapterConfig):
+    def __init__(self, d: int, cfg: AdapterConfig, salt: int = 0):
         super().__init__()
-        self.scale, self.tau, self.dropout = cfg.scale, cfg.tau, nn.Dropout(cfg.dropout)
+        self.scale, self.tau, self.p, self.salt = cfg.scale, cfg.tau, cfg.dropout, salt
         self.phi_d = down_projection(d, cfg.dim)
         self.phi_u1 = GroupedLinear(cfg.dim, d)
         self.phi_u2 = GroupedLinear(cfg.dim, d)
@@ -96,11 +124,9 @@ class MMAdapter(nn.Module):
         # Eq. (3), second line: w = f_w(t_m) = softmax((t_m W_m + b_m) / tau)
         return torch.softmax(self.f_w(t).float() / self.tau, dim=-1)
 
-    def forward(self, z: torch.Tensor, w: torch.Tensor, dropout: bool = True) -> torch.Tensor:
-        """z [B, T, d], w [B or 1, T or 1, 2] -> [B, T, d]"""
-        h = self.phi_d(z)  # [B, T, r]
-        if dropout:
-            h = self.dropout(h)  # one mask for both experts
+    def forward(self, z: torch.Tensor, w: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """z [B, T, d], w [B or 1, T or 1, 2], noise [B, T] of `token_noise`, None without dropout -> [B, T, d]"""
+        h = drop(self.phi_d(z), noise, self.salt, self.p)  # [B, T, r]; one mask for both experts
         w = w.to(h.dtype).expand(*h.shape[:-1], 2)  # [B, T, 2]
         # Eq. (3), first line: router(f_a1(Z), f_a2(Z); w) = w_0 f_a1(Z) + w_1 f_a2(Z)
         # w_0 (U1 h + b1) + w_1 (U2 h + b2) = [U1 U2 b1 b2] [w_0 h, w_1 h, w_0, w_1]: one product, and
@@ -111,12 +137,12 @@ class MMAdapter(nn.Module):
         return z + self.scale * F.linear(hw, up)  # Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m))
 
 
-def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
+def new_adapter(d: int, cfg: AdapterConfig, salt: int = 0) -> nn.Module:
     """the LLaMA adapter that cfg.kind names; ValueError lists the known kinds"""
     kinds = {"mm": MMAdapter, "rep": RepAdapter}
     if cfg.kind not in kinds:
         raise ValueError(f"unknown adapter kind {cfg.kind!r}; known: {', '.join(kinds)}")
-    return kinds[cfg.kind](d, cfg)
+    return kinds[cfg.kind](d, cfg, salt)
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ import os
 import re
 import sys
 
-import torch
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -26,7 +24,8 @@ def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] 
 
     presets  {name: {field: default}}; `config` then has a field `recipe` that picks one, explicit flags win
     """
-    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(config), re.M))
+    source = "".join(inspect.getsource(c) for c in config.__mro__[-2::-1])  # a subclass's own comment comes last and wins
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, re.M))
     parser = Parser(description=(config.__doc__ or "").strip(), allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(config):
@@ -56,8 +55,9 @@ def run(main) -> None:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
 
 
-def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def pick_device(device: str, dtype: str) -> tuple:
     """("auto" or a torch device, "auto", "fp32" or "bf16") -> both; auto is CUDA in bf16, else the CPU in fp32"""
+    import torch  # here: scoring a predictions file does without it
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype != "auto" and dtype not in dtypes:
         raise ValueError(f"unknown --dtype {dtype!r}; known: auto, {', '.join(dtypes)}")
@@ -69,6 +69,11 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device}: not usable here; try cpu") from None
     return d, dtypes.get(dtype, torch.bfloat16 if d.type == "cuda" else torch.float32)
+
+
+def processes() -> tuple[int, int]:
+    """this process and how many there are, as torchrun tells"""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def clock(seconds: float) -> str:

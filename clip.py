@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import weights
-from adapters import recompute
+from adapters import recompute, token_noise
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.adapter_attn = None  # an MMAdapter, once LaVIN puts it here
         self.routing = "cls"
 
-    def adapted(self, x):
+    def adapted(self, x, noise):
         z = self.ln_1(x)
         if self.adapter_attn is None:
             return z
@@ -95,10 +95,10 @@ class Block(nn.Module):
         # here: each picture by its own [cls], which the authors say they meant; "token" equals the released
         # code run one picture at a time, for adapters that were trained with it.
         t = z[:, :1] if self.routing == "cls" else z
-        return self.adapter_attn(z, self.adapter_attn.route(t))
+        return self.adapter_attn(z, self.adapter_attn.route(t), noise)
 
-    def forward(self, x):
-        x = x + self.attn(recompute(self.adapted, x))  # what is kept for the backward: see llama.Block
+    def forward(self, x, noise=None):
+        x = x + self.attn(recompute(self.adapted, x, noise))  # what is kept for the backward: see llama.Block
         return x + self.mlp(recompute(self.ln_2, x))
 
 
@@ -125,14 +125,18 @@ class VisionTransformer(nn.Module):
         """how many [cls] tokens a picture becomes"""
         return self.cfg.layers // self.cfg.cls_every
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images [N, 3, image_size, image_size], normalised -> X [N, n_cls, C]: [cls] after every cls_every blocks"""
+    def forward(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """images [N, 3, image_size, image_size], normalised -> X [N, n_cls, C]: [cls] after every cls_every blocks.
+
+        seeds [N]: of the samples, for the adapters' dropout; None: no dropout.
+        """
         x = self.conv1(images.type_as(self.conv1.weight)).flatten(2).transpose(1, 2)  # [N, T - 1, C]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [N, T, C]
         x = self.ln_pre(x + self.positional_embedding)
+        noise = None if seeds is None else token_noise(seeds[:, None], torch.arange(x.shape[1], device=x.device))
         cls = []
         for i, block in enumerate(self.transformer.resblocks, start=1):
-            x = block(x)
+            x = block(x, noise)
             if i % self.cfg.cls_every == 0:
                 cls.append(x[:, 0])  # before ln_post, without the output projection
         return torch.stack(cls, dim=1)

@@ -1,89 +1,63 @@
-"""The paper's tables: for now Table 1, ScienceQA accuracy in its nine columns.
+"""The paper's tables, one command each; without a command, Table 1.
 
-    python evaluate.py                             the embedded adapters on the embedded test split
-    python evaluate.py --llama 7B --clip ViT-L-14 --adapters out/adapters.safetensors --data ScienceQA
+    python evaluate.py scienceqa                                   the embedded adapters on the embedded test split
+    python evaluate.py scienceqa --data ScienceQA                  Table 1
+    python evaluate.py coco --data COCO                            Table 4, Karpathy's test split
+    python evaluate.py mme --data MME_Benchmark_release_version    Table 5, pictures
+    python evaluate.py truthfulqa --data mc_task.json              Table 5, text
 
-The answer is the letter in "The answer is X." of the generated text; a text without one counts as wrong.
+each with --llama, --clip and --adapters as in sample.py. Under torchrun every process answers a share. With --out the
+predictions are written as they come, and a run that was killed goes on from there when it is started again.
+
+Predictions that exist are scored without weights, pictures or torch:
+
+    python evaluate.py scienceqa --data ScienceQA --predictions FILE       {id: option index, or generated text}
+    python evaluate.py coco --predictions FILE --references dataset_coco.json
+    python evaluate.py mme --results DIR                                   MME's own <task>.txt
+    python evaluate.py truthfulqa --data mc_task.json --predictions FILE   what --out wrote
 """
+import difflib
 import json
+import re
 import sys
-import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-import torch
-
 import cli
-import data
-import lavin
-from llama import Tokenizer
+import prompts
+import scores
+from prompts import Sample
 
-COLUMNS = {  # of Table 1, in its order
-    "NAT": lambda p: p["subject"] == "natural science",
-    "SOC": lambda p: p["subject"] == "social science",
-    "LAN": lambda p: p["subject"] == "language science",
-    "TXT": lambda p: bool(p["hint"]),
-    "IMG": lambda p: bool(p["image"]),
-    "NO": lambda p: not p["hint"] and not p["image"],
-    "G1-6": lambda p: int(p["grade"].removeprefix("grade")) <= 6,
-    "G7-12": lambda p: int(p["grade"].removeprefix("grade")) >= 7,
-    "Avg": lambda p: True,
-}
+# torch, and our files that need it, are imported only where a model runs
 
 
-def answer(model, tokenizer, samples: list[data.Sample], max_new_tokens: int, temperature: float = 0.0,
-           top_p: float = 0.75, seed: int = 0, batch_size: int = 64, progress: bool = True) -> dict[str, str]:
-    """{id: generated text} for samples whose response is ignored. Folds the model's adapters."""
-    if not model.folded:
-        model.fold(lavin.TEXT, lavin.IMAGE)
-    prompts = [data.encode(data.Sample(s.id, s.prompt, "", s.image, s.problem), tokenizer,
-                           model.vit.n_cls if model.vit else 0) for s in samples]
-    prompts.sort(key=lambda e: (e.n_slots > 0, len(e.ids)))  # one modality a batch, neighbours in length: little padding
-    first = sum(e.n_slots == 0 for e in prompts)
-    starts = [*range(0, first, batch_size), *range(first, len(prompts), batch_size)]
-    size, texts, started = model.vit.cfg.image_size if model.vit else 0, {}, time.time()
-    for k, end in zip(starts, [*starts[1:], len(prompts)]):
-        rows = prompts[k: end]
-        batch = data.collate(rows, size, model.cfg.normalize).to(model.device)
-        ids = model.generate(batch, max_new_tokens, tokenizer.eos, temperature=temperature, top_p=top_p, seed=seed)
-        texts.update({e.sample.id: tokenizer.decode(i) for e, i in zip(rows, ids)})
-        if progress:
-            left = (time.time() - started) / len(texts) * (len(prompts) - len(texts))
-            print(f"\ranswered {len(texts)} of {len(prompts)}, ETA {cli.clock(left)} ", end="", file=sys.stderr, flush=True)
-    if progress:
-        print(file=sys.stderr)
-    return texts
+def read_meta(cfg, pictures: bool = False) -> dict:
+    """what the adapter file says about its training"""
+    import weights
+    meta = weights.read_adapters(cfg.adapters)[1]
+    if pictures and not meta["lavin"]["vision"]:
+        raise ValueError(f"{cfg.adapters}: text-only adapters (trained with --no-vision), and this needs pictures")
+    return meta
 
 
-def score(samples: list[data.Sample], texts: dict[str, str]) -> dict:
-    """{columns: {name: [right, all]}, unparsable: n}, plus the text problems (no picture) that Table 1 leaves out"""
-    chosen = {s.id: data.read_answer(texts[s.id], len(s.problem["choices"])) for s in samples}
-    columns = {**COLUMNS, "no IMG": lambda p: not p["image"]}
-    counts = {}
-    for name, belongs in columns.items():
-        rows = [s for s in samples if belongs(s.problem)]
-        counts[name] = [sum(chosen[s.id] == s.problem["answer"] for s in rows), len(rows)]
-    return {"columns": counts, "unparsable": sum(c is None for c in chosen.values())}
+def generate(cfg, samples: list[Sample], out: str, meta: dict, until: re.Pattern | None = None, **run) -> dict | None:
+    """`predict` by generating text"""
+    import answers
+    prompts.check_pictures(samples)
+    sampling = {"max_new_tokens": cfg.max_new_tokens or meta["max_new_tokens"], "temperature": cfg.temperature,
+                "top_p": cfg.top_p, "seed": cfg.seed}
 
+    def work(model, tokenizer, samples, write):
+        answers.answer(model, tokenizer, samples, **sampling, batch_size=cfg.batch_size, progress=cli.processes()[0] == 0,
+               until=until, write=write)
 
-def percent(right: int, total: int) -> str:
-    return f"{100 * right / total:.2f}" if total else "-"
-
-
-def table(scores: dict) -> str:
-    """the nine columns as the paper prints them, and how many problems each one has"""
-    names = list(COLUMNS)
-    lines = ["".join(f"{x:>8}" for x in names),
-             "".join(f"{percent(*scores['columns'][x]):>8}" for x in names),
-             "".join(f"{'n=' + str(scores['columns'][x][1]):>8}" for x in names)]
-    return "\n".join([*lines, f"{scores['unparsable']} answers without a letter, counted as wrong"])
+    return answers.predict(cfg, samples, out, {**run, **sampling}, work)
 
 
 @dataclass
 class Config:
-    """Answer a ScienceQA split and print the nine columns of Table 1."""
-    data: str = "tiny/data"  # folder in ScienceQA's layout
-    split: str = "test"  # a key of pid_splits.json
+    """Flags of all commands that generate text."""
     adapters: str = "tiny/adapters.safetensors"  # what train.py wrote
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
@@ -92,27 +66,171 @@ class Config:
     temperature: float = 0.0  # the paper decodes at 0.1; 0 is greedy and repeatable
     top_p: float = 0.75  # nucleus, as in the paper
     seed: int = 0  # of the sampling
-    batch_size: int = 64  # problems answered together
-    limit: int = 0  # only the first so many problems; 0: all
-    predictions: str = ""  # write {id: generated text} to this file
+    batch_size: int = 64  # answered together, by each process
+    limit: int = 0  # only the first so many problems or pictures; 0: all
     json: bool = False  # scores as one JSON line on stdout instead of the table
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # bf16 or fp32
 
 
-def main() -> None:
-    cfg = cli.parse(Config)
-    device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base)
-    tokenizer = Tokenizer(Path(cfg.llama) / "tokenizer.model")
-    samples = data.read_scienceqa(cfg.data, cfg.split, meta["format"], meta["captions"], model.cfg.vision)
-    samples = samples[: cfg.limit or None]
-    texts = answer(model, tokenizer, samples, cfg.max_new_tokens or meta["max_new_tokens"], cfg.temperature, cfg.top_p,
-                   cfg.seed, cfg.batch_size)
+@dataclass
+class ScienceQA(Config):
+    """Table 1: answer a ScienceQA split and print the nine columns. Other commands: coco, mme, truthfulqa."""
+    data: str = "tiny/data"  # folder in ScienceQA's layout
+    split: str = "test"  # a key of pid_splits.json
+    out: str = ""  # .jsonl that predictions go to as they come; if it exists, the run goes on from there
+    predictions: str = ""  # score this file {id: option index, or generated text} instead of running the model
+    stop_at_letter: bool = True  # stop an answer behind "The answer is X.": the score is decided
+
+
+def scienceqa(cfg: ScienceQA) -> tuple[dict, str] | None:
+    """-> scores and their table, on the first process; so do the other commands"""
     if cfg.predictions:
-        Path(cfg.predictions).write_text(json.dumps(texts, indent=0))
-    scores = score(samples, texts)
-    print(json.dumps(scores) if cfg.json else table(scores))
+        samples = prompts.read_scienceqa(cfg.data, cfg.split)[: cfg.limit or None]
+        replies = scores.match(cfg.predictions, scores.read_predictions(cfg.predictions), [s.id for s in samples],
+                               f"the {cfg.split} problems of {cfg.data}")
+    else:
+        meta = read_meta(cfg)
+        samples = prompts.read_scienceqa(cfg.data, cfg.split, meta["format"], meta["captions"], meta["lavin"]["vision"])
+        samples = samples[: cfg.limit or None]
+        replies = generate(cfg, samples, cfg.out, meta, scores.ANSWER if cfg.stop_at_letter else None,
+                           command="scienceqa", data=cfg.data, split=cfg.split)
+    if replies is None:
+        return None
+    if not samples:
+        raise ValueError(f"{cfg.data}: split {cfg.split} is empty")
+    result = scores.scienceqa(samples, replies)
+    return result, scores.scienceqa_table(result, paper=True)
+
+
+@dataclass
+class COCO(Config):
+    """Table 4: caption COCO's Karpathy test split and print BLEU-4 and CIDEr (pip install pycocoevalcap; needs Java)."""
+    data: str = ""  # folder of dataset_coco.json and the pictures, or DIR:IMAGES
+    out: str = "out/coco.jsonl"  # captions go there as they come; if it exists, the run goes on from there
+    predictions: str = ""  # score these captions, {id: text} or COCO's [{image_id, caption}], instead of running the model
+    references: str = ""  # to score against: dataset_coco.json, or COCO's captions_*.json
+    max_new_tokens: int = 40  # longest caption
+
+
+def coco(cfg: COCO) -> tuple[dict, str] | None:
+    if bool(cfg.data) == bool(cfg.predictions) or bool(cfg.predictions) != bool(cfg.references):
+        raise ValueError("coco: give --data DIR to caption the test split, or --predictions FILE and --references FILE "
+                         "(dataset_coco.json, or COCO's captions_val2014.json) to score")
+    if cfg.predictions:
+        captions = scores.read_predictions(cfg.predictions)
+        references = scores.read_references(cfg.references, captions)
+        captions = scores.match(cfg.predictions, captions, list(references), f"the pictures of {cfg.references}")
+    else:
+        (source,) = prompts.mixture(f"coco:{cfg.data}")
+        samples = prompts.read_coco(source.path, source.images, "test")[: cfg.limit or None]
+        references = {s.id: s.problem["captions"] for s in samples}
+        try:
+            scores.caption_tools()
+        except ValueError as e:  # better known before the pictures are captioned than after
+            print(f"the captions will not be scored: {e}", file=sys.stderr)
+            references = {}
+        captions = generate(cfg, samples, cfg.out, read_meta(cfg, pictures=True), command="coco", data=cfg.data)
+        if captions is None or not references:
+            return None
+    result = scores.coco(captions, references)
+    return result, scores.coco_table(result)
+
+
+@dataclass
+class MME(Config):
+    """Table 5, MME: answer the questions, write MME's own <task>.txt, and print the scores."""
+    data: str = ""  # folder with a folder for each task, as released
+    out: str = "out/mme"  # folder that the answers go to as they come, and <task>.txt in the end
+    results: str = ""  # score the <task>.txt of this folder instead of running the model
+    tasks: str = ""  # only these, separated by commas
+    max_new_tokens: int = 16  # longest reply: its first four characters count
+
+
+def mme(cfg: MME) -> tuple[dict, str] | None:
+    if bool(cfg.data) == bool(cfg.results):
+        raise ValueError("mme: give --data DIR to answer the questions, or --results DIR to score answers")
+    if cfg.data:
+        tasks = cfg.tasks.split(",") if cfg.tasks else [*scores.PERCEPTION, *scores.COGNITION]
+        for task in tasks:
+            scores.check_task("--tasks", task)
+        samples = prompts.read_mme(cfg.data, tasks)[: 2 * cfg.limit or None]  # two questions a picture
+        replies = generate(cfg, samples, f"{cfg.out}/predictions.jsonl", read_meta(cfg, pictures=True),
+                           command="mme", data=cfg.data, tasks=cfg.tasks)
+        if replies is None:
+            return None
+        for task in tasks:
+            rows = [[s.problem[x] for x in ("picture", "question", "answer")] + [" ".join(replies[s.id].split())]
+                    for s in samples if s.problem["task"] == task]
+            if rows:
+                Path(cfg.out, f"{task}.txt").write_text("".join("\t".join(r) + "\n" for r in rows), encoding="utf-8")
+    result = scores.mme(cfg.results or cfg.out)
+    return result, scores.mme_table(result)
+
+
+@dataclass
+class TruthfulQA:
+    """Table 5, TruthfulQA: how likely the model finds the given answers; prints MC1 and MC2."""
+    data: str = ""  # mc_task.json
+    out: str = ""  # .jsonl that log-probabilities go to as they come; if it exists, the run goes on from there
+    predictions: str = ""  # score what --out wrote instead of running the model
+    adapters: str = "tiny/adapters.safetensors"  # what train.py wrote
+    llama: str = "tiny/llama"  # folder of LLaMA weights
+    clip: str = "tiny/clip"  # folder of CLIP weights
+    any_base: bool = False  # accept a base with another fingerprint than the one trained on
+    limit: int = 0  # only the first so many questions; 0: all
+    json: bool = False  # scores as one JSON line on stdout instead of the table
+    device: str = "auto"  # cuda, cpu, ...
+    dtype: str = "auto"  # bf16 or fp32
+
+
+def truthfulqa(cfg: TruthfulQA) -> tuple[dict, str] | None:
+    if not cfg.data:
+        raise ValueError("truthfulqa: give --data FILE, TruthfulQA's mc_task.json")
+    samples = prompts.read_truthfulqa(cfg.data)[: cfg.limit or None]
+
+    if cfg.predictions:
+        likely = scores.match(cfg.predictions, scores.read_predictions(cfg.predictions), [s.id for s in samples],
+                              f"the questions of {cfg.data}")
+    else:
+        import answers
+        likely = answers.predict(cfg, samples, cfg.out, {"command": "truthfulqa", "data": cfg.data}, answers.weigh)
+    if likely is None:
+        return None
+    result = scores.truthfulqa(samples, likely)
+    return result, scores.truthfulqa_table(result)
+
+
+COMMANDS = {"scienceqa": (ScienceQA, scienceqa), "coco": (COCO, coco), "mme": (MME, mme),
+            "truthfulqa": (TruthfulQA, truthfulqa)}
+
+
+def main() -> None:
+    name, argv = "scienceqa", sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        name, *argv = argv
+    if name not in COMMANDS:
+        near = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(name, COMMANDS, n=1))
+        raise ValueError(f"unknown command {name!r}; {near}known: {', '.join(COMMANDS)}")
+    config, command = COMMANDS[name]
+    cfg = cli.parse(config, argv=argv)
+    rank, ranks = cli.processes()
+    if ranks > 1:
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only predictions travel, at the end
+    try:
+        if cfg.data == ScienceQA.data and rank == 0:
+            from tiny import world
+            world.ensure(cfg.data)
+        if ranks > 1:
+            dist.barrier()  # the data are there
+        done = command(cfg)
+        if done:
+            result, text = done
+            print(json.dumps(result) if cfg.json else text)
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

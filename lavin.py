@@ -12,7 +12,7 @@ import hashlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -84,14 +84,15 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama, self.vit = cfg, llama, vit if cfg.vision else None
         d = llama.cfg.dim
-        for layer in llama.layers:
-            layer.adapter_attn = adapters.new_adapter(d, cfg.adapter)
+        for i, layer in enumerate(llama.layers):
+            layer.adapter_attn = adapters.new_adapter(d, cfg.adapter, salt=i)
         if cfg.adapter.kind == "mm":
             self.adapter_modality_embedding = nn.Embedding(2, d)  # E_m, N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, d)
-            for block in vit.transformer.resblocks if cfg.vit_adapters else ():
-                block.adapter_attn, block.routing = MMAdapter(vit.cfg.width, cfg.adapter), cfg.vit_routing
+            for i, block in enumerate(vit.transformer.resblocks if cfg.vit_adapters else ()):
+                block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter, salt=1000 + i)
+                block.routing = cfg.vit_routing
         self.folded = {}  # modality -> wq, wk, wv of every layer, see fold
         adapters.freeze_base(self)
 
@@ -123,9 +124,14 @@ class LaVIN(nn.Module):
         z = self.llama.tok_embeddings(batch.tokens)
         if batch.images is None:
             return z
-        x = self.adapter_proj(self.vit(batch.images))  # [N, n, C]
+        first = batch.slots.view(len(batch.images), -1)[:, 0]  # [N]
+        x = self.adapter_proj(self.vit(batch.images, self.seeds(batch, first)))  # [N, n, C]
         # Eq. (7): Z = [t_m, X', Y] with a picture, [t_m, Y] without; t_m runs beside it, see LLaMA.route
         return z.flatten(0, 1).index_copy(0, batch.slots, x.flatten(0, 1).to(z.dtype)).view_as(z)
+
+    def seeds(self, batch, where=slice(None)) -> torch.Tensor | None:
+        """for dropout, the seed of the sample that each of these tokens belongs to; None when not training"""
+        return batch.seeds.flatten()[where] if self.training and batch.seeds is not None else None
 
     # -----------------------------------------------------------------------------------------------
     # training
@@ -137,7 +143,9 @@ class LaVIN(nn.Module):
         split into ranks and accumulation steps. (The released code averages per-micro-batch means.)
         """
         with self.autocast():
-            h = self.llama(self.embed(batch), self.routing(batch.modality), batch.positions, batch.packed)
+            seeds = self.seeds(batch)
+            h = self.llama(self.embed(batch), self.routing(batch.modality), batch.positions, batch.packed,
+                           seeds=None if seeds is None else seeds.view_as(batch.tokens))
             h = h.flatten(0, 1)[batch.where]  # [targets, C]: no logits where nothing is asked
             # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s runs to S + 1, the EOS
             return NegativeLogLikelihood.apply(h, self.llama.output.weight, batch.targets)
@@ -153,14 +161,15 @@ class LaVIN(nn.Module):
         nothing any more; a second modality costs a second set of wq, wk, wv. The ViT's adapters are routed by each
         picture's own [cls]: no constant map to fold there. Not to be trained or saved afterwards.
         """
-        w = self.routing(torch.tensor(modalities, device=self.device))  # [L, modalities, 2] or None
-        for k, m in enumerate(modalities):
-            self.folded[m] = [[adapters.fold(x, layer.adapter_attn, None if w is None else w[i, k])
-                               for x in (layer.attention.wq, layer.attention.wk, layer.attention.wv)]
-                              for i, layer in enumerate(self.llama.layers)]
-        for layer in self.llama.layers:
+        with self.autocast():
+            w = self.routing(torch.tensor(modalities, device=self.device))  # [L, modalities, 2] or None
+        self.folded.update({m: [] for m in modalities})
+        for i, layer in enumerate(self.llama.layers):
+            a = layer.attention
+            for k, m in enumerate(modalities):
+                self.folded[m].append([adapters.fold(x, layer.adapter_attn, None if w is None else w[i, k]) for x in (a.wq, a.wk, a.wv)])
             layer.adapter_attn = None
-        self.enter(modalities[0])
+            a.wq, a.wk, a.wv = self.folded[modalities[0]][i]  # layer by layer, or both sets would fill the memory at once
         return self
 
     def enter(self, modality: int) -> None:
@@ -171,12 +180,13 @@ class LaVIN(nn.Module):
             layer.attention.wq, layer.attention.wk, layer.attention.wv = qkv
 
     def stream(self, batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
-               seed: int = 0) -> Iterator[list[int | None]]:
+               seed: int = 0, complete: Callable[[list[int]], bool] | None = None) -> Iterator[list[int | None]]:
         """Yield, step by step, the next token of each row of `batch`, None for rows that are done.
 
-        A row ends at its own EOS (which is not yielded). Rows may differ in length and modality. A row's answer
-        depends on its prompt and the seed alone: every row takes the same random number at a step, so it does not
-        matter who its neighbours are. temperature 0 is greedy. ValueError if a prompt does not fit the context.
+        A row ends at its own EOS (which is not yielded), or once `complete` says so of its answer's ids so far. Rows
+        may differ in length and modality. A row's answer depends on its prompt and the seed alone: every row takes the
+        same random number at a step, so it does not matter who its neighbours are. temperature 0 is greedy. ValueError
+        if a prompt does not fit the context.
         """
         room = self.llama.cfg.max_seq_len - int(batch.lengths.max())
         if room < 1:
@@ -189,7 +199,7 @@ class LaVIN(nn.Module):
             self.enter(modalities[0])
         B, T = batch.tokens.shape
         random = torch.Generator().manual_seed(seed)
-        done = [False] * B
+        done, answers = [False] * B, [[] for _ in range(B)]
         with torch.inference_mode(), self.autocast():
             w = self.routing(batch.modality)
             cache = KVCache(self.llama.cfg, B, T + max_new_tokens, self.device, self.llama.norm.weight.dtype)
@@ -206,6 +216,12 @@ class LaVIN(nn.Module):
             if all(done):
                 return
             yield [None if d else t for d, t in zip(done, ids)]
+            if complete:
+                for b in (b for b in range(B) if not done[b]):
+                    answers[b].append(ids[b])
+                    done[b] = complete(answers[b])
+                if all(done):
+                    return
 
     def generate(self, batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import weights
-from adapters import recompute
+from adapters import recompute, token_noise
 
 
 @dataclass
@@ -137,28 +137,29 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.adapter_attn = None  # an MMAdapter or a RepAdapter, once LaVIN puts it here
 
-    def adapted(self, x, w):
+    def adapted(self, x, w, noise):
         z = self.attention_norm(x)
-        return z if self.adapter_attn is None else self.adapter_attn(z, w)  # Eq. (2); the residual x is untouched
+        return z if self.adapter_attn is None else self.adapter_attn(z, w, noise)  # Eq. (2); the residual x is untouched
 
-    def forward(self, x, w, rope, lengths=None, positions=None, cache=None, mask=None):
+    def forward(self, x, w, rope, noise=None, lengths=None, positions=None, cache=None, mask=None):
         # frozen products keep nothing for the backward, and what `recompute` covers is cheap to work out again; so a
         # training step keeps x, q, k, v, attention's output and log-sums, x again, gate and up
-        x = x + self.attention(recompute(self.adapted, x, w), rope, lengths, positions, cache, mask)
+        x = x + self.attention(recompute(self.adapted, x, w, noise), rope, lengths, positions, cache, mask)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.checkpoint = cfg, False  # checkpoint: keep only a block's input, work the block out again
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x: torch.Tensor, routing: torch.Tensor | None = None, positions: torch.Tensor | None = None,
-                lengths: list[int] | None = None, cache: KVCache | None = None) -> torch.Tensor:
+                lengths: list[int] | None = None, cache: KVCache | None = None, seeds: torch.Tensor | None = None
+                ) -> torch.Tensor:
         """Hidden states after the last norm [B, T, C]; `output` turns those you need into logits.
 
         x          token ids [B, T], or embeddings [B, T, C]
@@ -166,6 +167,7 @@ class LLaMA(nn.Module):
         positions  [B, T], each token's place in its own sequence; None: 0, 1, ..
         lengths    of the sequences packed into the one row of x; None: every row is one sequence
         cache      where keys and values go; with positions, also where those of earlier calls are
+        seeds      [B, T], of the sample that each token belongs to: for the adapters' dropout; None: no dropout
         """
         if not x.is_floating_point():
             x = self.tok_embeddings(x)
@@ -176,10 +178,12 @@ class LLaMA(nn.Module):
         elif cache is not None:  # a query sees the slots up to its own position
             mask = (torch.arange(cache.k.shape[2], device=x.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
         rope = rope_table(positions, C // self.cfg.n_heads, self.cfg.rope_theta)
+        noise = None if seeds is None else token_noise(seeds, positions)
         for i, layer in enumerate(self.layers):
             w = None if routing is None else routing[i]
             kv = None if cache is None else (cache.k[i], cache.v[i])
-            x = layer(x, w, rope, lengths, positions, kv, mask)
+            args = x, w, rope, noise, lengths, positions, kv, mask
+            x = recompute(layer, *args) if self.checkpoint else layer(*args)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
@@ -194,7 +198,7 @@ class LLaMA(nn.Module):
             z = layer.attention_norm(t)
             w = layer.adapter_attn.route(z)  # [M, 2]
             routing.append(w)
-            z = layer.adapter_attn(z[:, None], w[:, None], dropout=False)[:, 0]
+            z = layer.adapter_attn(z[:, None], w[:, None])[:, 0]
             t = t + layer.attention.alone(z)
             t = t + layer.feed_forward(layer.ffn_norm(t))
         return torch.stack(routing)

@@ -4,6 +4,7 @@
     python sample.py --image x.jpg --prompt "What color is the circle?"      about a picture of yours
     python sample.py --prompt "What is the opposite of hot? (A) red (B) cold"        text alone, with options
     python sample.py --chat --image x.jpg                                    several turns about one picture
+    python sample.py --routing                               which expert each layer uses, for text and for pictures
 
 The answer goes to stdout, everything else to stderr.
 """
@@ -14,9 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
+import torch
+from PIL import Image, ImageDraw
+
 import cli
 import data
 import lavin
+import prompts
 from llama import Tokenizer
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
@@ -29,6 +34,7 @@ class Config:
     image: str = ""  # picture file; without it the input is text only
     context: str = ""  # hint that goes with the question
     chat: bool = False  # several turns: history and picture are kept
+    routing: bool = False  # show the routing weights instead of answering, and write them to routing.png
     adapters: str = "tiny/adapters.safetensors"  # what train.py wrote
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
@@ -42,83 +48,151 @@ class Config:
 
 
 class Conversation:
-    """The token ids so far, and the picture they are about."""
+    """A picture or none, the turns so far, and the next answer."""
 
-    def __init__(self, model: lavin.LaVIN, meta: dict, tokenizer: Tokenizer, image: str):
+    def __init__(self, model: lavin.LaVIN, meta: dict, tokenizer: Tokenizer):
         self.model, self.meta, self.tokenizer = model, meta, tokenizer
-        self.image = Path(image) if image else None
-        if self.image and model.vit is None:
-            raise ValueError("these adapters are text-only (trained with --no-vision); leave out --image")
-        self.example = None
+        self.look(None)
 
-    def wrap(self, text: str, context: str = "") -> str:
+    def look(self, image: str | None) -> None:
+        """Begin anew, with this picture or with none; ValueError or FileNotFoundError if it can't be used."""
+        if image and self.model.vit is None:
+            raise ValueError("these adapters are text-only (trained with --no-vision); leave out the picture")
+        if image:
+            data.open_image(image)
+        self.image, self.turns = Path(image) if image else None, []
+
+    def wrap(self, text: str, context: str) -> str:
         """The user's words in the format that the adapters were trained on; "(A) .. (B) .." in them are options."""
+        if not text.strip():
+            raise ValueError('the prompt is empty; give --prompt "your question"')
         question, *options = re.split(r"\s*\([A-E]\)\s*", text.strip())
-        return data.build_prompt(question, context, options, self.meta["format"])
+        return prompts.build_prompt(question, context, options, self.meta["format"])
 
-    def ask(self, text: str, context: str = "", **sampling) -> Iterator[str]:
-        """Yield the answer piece by piece; a piece never ends inside a multi-byte character."""
-        sample = data.Sample("prompt", self.wrap(text, context), "", self.image, {})
-        if self.example is None:
-            e = data.encode(sample, self.tokenizer, self.model.vit.n_cls if self.image else 0)
-        else:
-            past = self.example
-            e = data.Example(sample, past.ids + self.tokenizer.encode(sample.prompt), 0, past.slot, past.n_slots)
+    def example(self, prompt: str, max_new_tokens: int) -> data.Example:
+        """[BOS] "Image: .." [earlier turns] prompt; the oldest turns go when the context is full."""
+        sample = data.Sample("prompt", prompt, "", self.image, {})
+        e = data.encode(sample, self.tokenizer, self.model.vit.n_cls if self.image else 0)
+        n, dropped = e.slot + e.n_slots, 0
+        while self.turns and len(e.ids) + sum(map(len, self.turns)) + max_new_tokens > self.model.llama.cfg.max_seq_len:
+            self.turns.pop(0)
+            dropped += 1
+        if dropped:
+            print(f"[the context is full: {dropped} of the oldest turns forgotten]", file=sys.stderr)
+        self.asked = e.ids[n:]
+        e.ids = e.ids[:n] + [id for turn in self.turns for id in turn] + self.asked
         e.start = len(e.ids)  # nothing here is a target
+        return e
+
+    def ask(self, text: str, context: str, max_new_tokens: int, **sampling) -> Iterator[str]:
+        """Yield the answer piece by piece; a piece never ends inside a multi-byte character."""
+        e = self.example(self.wrap(text, context), max_new_tokens)
         size = self.model.vit.cfg.image_size if self.image else 0
         batch = data.collate([e], size, self.model.cfg.normalize).to(self.model.device)
         answer = []
 
         def tokens():
-            for (token,) in self.model.stream(batch, eos=self.tokenizer.eos, **sampling):
+            for (token,) in self.model.stream(batch, max_new_tokens, self.tokenizer.eos, **sampling):
                 answer.append(token)
                 yield token
 
-        yield from self.tokenizer.stream(tokens())
-        e.ids += answer + [self.tokenizer.eos]
-        self.example, self.n_tokens = e, len(answer)
+        try:
+            yield from self.tokenizer.stream(tokens())
+        finally:  # also when Ctrl-C cut it short
+            self.turns.append(self.asked + answer + [self.tokenizer.eos])
+            self.n_tokens = len(answer)
 
 
 def say(conversation: Conversation, prompt: str, cfg: Config) -> None:
     started = time.time()
-    for piece in conversation.ask(prompt, cfg.context, max_new_tokens=cfg.max_new_tokens or conversation.meta["max_new_tokens"],
-                                  temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed):
-        print(piece, end="", flush=True)
+    pieces = conversation.ask(prompt, cfg.context, cfg.max_new_tokens or conversation.meta["max_new_tokens"],
+                              temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not cfg.chat:
+            raise
+        pieces.close()
     print(flush=True)
     seconds = time.time() - started
     print(f"[{conversation.n_tokens} tokens in {seconds:.2f} s, {conversation.n_tokens / seconds:.0f} tokens/s]", file=sys.stderr)
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
-    print("Type a question; an empty line or Ctrl-D ends the chat.", file=sys.stderr)
-    prompt = cfg.prompt
+    """Turns from stdin until it ends; a mistake in one of them is told and costs nothing."""
+    print("Ask; /image PATH shows another picture, /reset forgets the turns, an empty line or Ctrl-D ends, Ctrl-C stops an answer.",
+          file=sys.stderr)
+    line = cfg.prompt.strip()
     while True:
-        if not prompt:
+        if not line:
             print("> ", end="", file=sys.stderr, flush=True)
-            prompt = sys.stdin.readline().strip()
-            if not prompt:
+            line = sys.stdin.readline().strip()
+            if not line:
                 return
-        say(conversation, prompt, cfg)
-        prompt = ""
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/image":
+                conversation.look(rest.strip() or None)
+            elif command == "/reset":
+                conversation.turns = []
+            elif command.startswith("/"):
+                raise ValueError(f"unknown command {command}; known: /image PATH, /reset")
+            else:
+                say(conversation, line, cfg)
+        except (ValueError, OSError) as e:
+            print(e, file=sys.stderr)
+        line = ""
+
+
+def show_routing(model: lavin.LaVIN, file: Path) -> None:
+    """Routing weights of every LLaMA layer, for text and for picture input: bars on stdout, and as a PNG."""
+    w = model.routing(torch.tensor([lavin.TEXT, lavin.IMAGE], device=model.device))
+    if w is None:
+        raise ValueError("these adapters have no router (trained with --adapter rep)")
+    w = w.detach().float().cpu()  # [L, 2, 2]
+    L, row, left, width = len(w), 18, 60, 200
+    picture = Image.new("RGB", (left + 2 * (width + 20), (L + 2) * row), "white")
+    draw = ImageDraw.Draw(picture)
+    print("layer   text: w_0 w_1                        picture: w_0 w_1")
+    for k, name in enumerate(("text input", "picture input")):
+        draw.text((left + k * (width + 20), 4), f"{name}: w_0 | w_1", fill="black")
+    for i in range(L):
+        bars = []
+        draw.text((4, (i + 1) * row + 2), f"layer {i}", fill="black")
+        for k in (lavin.TEXT, lavin.IMAGE):
+            w0, w1 = w[i, k].tolist()
+            n = round(20 * w0)
+            bars.append(f"{w0:.3f} {'#' * n}{'.' * (20 - n)} {w1:.3f}")
+            x, y = left + k * (width + 20), (i + 1) * row
+            draw.rectangle((x, y + 2, x + width * w0, y + row - 3), fill=(66, 99, 180))
+            draw.rectangle((x + width * w0, y + 2, x + width, y + row - 3), fill=(226, 150, 66))
+        print(f"{i:>5}   " + "    ".join(bars))
+    picture.save(file)
+    print(f"wrote {file}", file=sys.stderr)
 
 
 def main() -> None:
     cfg = cli.parse(Config)
-    if not any(flag in " ".join(sys.argv) for flag in ("--prompt", "--image", "--chat")):
+    if not (cfg.prompt or cfg.image or cfg.chat or cfg.routing or any(a.startswith("--prompt") for a in sys.argv)):
         cfg.image, cfg.prompt = DEMO
         print(f"{cfg.image}: {cfg.prompt}", file=sys.stderr)
-    if not cfg.chat and not cfg.prompt.strip():
+    if not (cfg.chat or cfg.routing or cfg.prompt.strip()):
         raise ValueError('the prompt is empty; give --prompt "your question"')
     if cfg.image:
         data.open_image(cfg.image)  # a bad picture is found before the weights are read
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
-    model.fold(lavin.IMAGE if cfg.image else lavin.TEXT)
-    conversation = Conversation(model, meta, Tokenizer.from_pretrained(cfg.llama, model.llama.cfg.vocab_size), cfg.image)
-    if cfg.chat:
+    if cfg.routing:
+        return show_routing(model, Path("routing.png"))
+    conversation = Conversation(model, meta, Tokenizer.from_pretrained(cfg.llama, model.llama.cfg.vocab_size))
+    conversation.look(cfg.image or None)
+    if cfg.chat:  # a picture may come later
+        model.fold(lavin.TEXT, *[lavin.IMAGE] * (model.vit is not None))
         chat(conversation, cfg)
     else:
+        model.fold(lavin.IMAGE if cfg.image else lavin.TEXT)
         say(conversation, cfg.prompt, cfg)
 
 

@@ -1,26 +1,16 @@
-"""The ScienceQA reader, prompts, token layout, batches and their order."""
-import json
+"""Token layout, batches and their order."""
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import data
-from data import Sample, build_prompt, build_response
+import prompts
 from conftest import ROOT
+from prompts import Sample
 
 REAL = ROOT.parent / "shared/data"
-PROBLEM = {"question": "Which is  red?", "choices": ["sky", "a  rose"], "answer": 1, "hint": "Look.", "image": "image.png",
-           "grade": "grade7", "subject": "natural science", "topic": "color", "lecture": "Some things\nare red.",
-           "solution": "A rose is red.", "split": "train"}
-
-
-def write(folder: Path, problems: dict, splits: dict) -> Path:
-    (folder / "problems.json").write_text(json.dumps(problems))
-    (folder / "pid_splits.json").write_text(json.dumps(splits))
-    return folder
 
 
 class Words:
@@ -32,57 +22,6 @@ class Words:
 
     def encode(self, text):
         return [self.known.setdefault(word, 3 + len(self.known)) for word in text.split()]
-
-
-def test_prompt_and_response_formats(tmp_path):
-    write(tmp_path, {"5": PROBLEM}, {"train": ["5"]})
-    (sample,) = data.read_scienceqa(tmp_path, "train", "QCM-ALE")
-    assert sample.prompt == "Question: Which is red?\nContext: Look.\nOptions: (A) sky (B) a rose\nResponse:"
-    assert sample.response == "The answer is B. BECAUSE: Some things\\nare red. A rose is red."
-    assert sample.image == tmp_path / "images/train/5/image.png" and sample.problem["subject"] == "natural science"
-    assert build_prompt("Q?", "", ["x", "y"], "CQM-A") == "Context: N/A\nQuestion: Q?\nOptions: (A) x (B) y\nResponse:"
-    assert build_prompt("Q?", "", [], "QCM-A") == "Question: Q?\nContext: N/A\nResponse:"
-    bare = {**PROBLEM, "lecture": "", "solution": ""}
-    assert build_response(bare, "QCM-ALE") == "The answer is B."
-    lecture, solution = "Some things\\nare red.", "A rose is red."
-    for form, text in {"A": "The answer is B.", "AL": f"The answer is B. BECAUSE: {solution}",
-                       "AE": f"The answer is B. BECAUSE: {lecture}", "AEL": f"The answer is B. BECAUSE: {solution} {lecture}",
-                       "LA": f"{lecture} The answer is B.", "EA": f"{solution} The answer is B.",
-                       "LEA": f"{lecture} {solution} The answer is B.", "ELA": f"{solution} {lecture} The answer is B."}.items():
-        assert build_response(PROBLEM, f"QCM-{form}") == text
-    for form in ("QXM-A", "QCM", "QCM-Z", "QQ-A", "-A"):
-        with pytest.raises(ValueError, match="unknown prompt format"):
-            data.check_format(form)
-
-
-def test_captions_join_the_hint(tmp_path):
-    write(tmp_path, {"5": PROBLEM, "6": {**PROBLEM, "hint": "", "image": None}}, {"train": ["5", "6"]})
-    (tmp_path / "captions.json").write_text(json.dumps({"captions": {"5": "A rose."}}))
-    with_picture, without = data.read_scienceqa(tmp_path, "train", captions=True)
-    assert "Context: Look. A rose.\n" in with_picture.prompt and "Context: N/A\n" in without.prompt
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"answer": 2}, "problem 5: answer 2 does not fit its 2 choices"), ({"choices": ["x"], "answer": 0}, "problem 5: answer 0"),
-    ({"question": None}, "problem 5: 'question' is missing or not str"), ({"answer": "B"}, "problem 5: 'answer'"),
-    ({"choices": "ab"}, "problem 5: 'choices'"), (None, "problem 5: 'question'")])
-def test_malformed_problem_is_named(tmp_path, change, message):
-    write(tmp_path, {"5": change and {**PROBLEM, **change}}, {"train": ["5"]})
-    with pytest.raises(ValueError, match=message):
-        data.read_scienceqa(tmp_path, "train")
-
-
-def test_malformed_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="problems.json: no such file"):
-        data.read_scienceqa(tmp_path, "train")
-    write(tmp_path, {}, {"train": [7]})
-    with pytest.raises(ValueError, match="problem 7 of split train is missing"):
-        data.read_scienceqa(tmp_path, "train")
-    with pytest.raises(ValueError, match="no split 'dev'; it has train"):
-        data.read_scienceqa(tmp_path, "dev")
-    (tmp_path / "problems.json").write_text('{"5": ')
-    with pytest.raises(ValueError, match="problems.json: not valid JSON"):
-        data.read_scienceqa(tmp_path, "train")
 
 
 def sample(prompt="one two", response="three four", image=None):
@@ -114,6 +53,12 @@ def test_tokens_targets_and_slots(tmp_path):
     assert packed.slots.tolist() == [9, 10, 11] and torch.equal(packed.images, batch.images)
 
 
+def test_an_empty_response_is_dropped_and_counted():
+    """Alpaca-52k has some"""
+    examples, count = data.encode_all([sample(response=""), sample()], Words(), 0, max_len=20)
+    assert count == {"kept": 1, "cut": 0, "dropped": 1} and len(examples) == 1
+
+
 def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
     """The released code divides by zero targets there, and the loss turns NaN."""
     words = Words()
@@ -123,12 +68,6 @@ def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
     examples, count = data.encode_all(samples, words, 0, max_len=8)
     assert count == {"kept": 2, "cut": 1, "dropped": 1} and [len(e.ids) for e in examples] == [8, 8]
     assert all(len(data.collate([e], 4, "clip").targets) for e in examples)
-
-
-def test_answers_are_read_off_the_generated_text():
-    assert data.read_answer("Grass is green. The answer is B. BECAUSE: The answer is C.", 3) == 1
-    for text in ("", "The answer is", "the answer is B.", "The answer is D.", "The answer is BB."):
-        assert data.read_answer(text, 3) is None
 
 
 def test_a_step_has_the_same_samples_for_any_number_of_ranks():
@@ -171,7 +110,7 @@ def test_real_problems_with_the_real_tokenizer():
     """Counted once on the 1,773 real problems: QCM-ALE has 300 tokens on average, median 277, 7% over 512."""
     from llama import Tokenizer
     tokenizer = Tokenizer(REAL / "llama_tokenizer.model")
-    samples = [s for split in ("train", "val", "test") for s in data.read_scienceqa(REAL / "scienceqa", split)]
+    samples = [s for split in ("train", "val", "test") for s in prompts.read_scienceqa(REAL / "scienceqa", split)]
     assert len(samples) == 1773
     examples = [data.encode(s, tokenizer, 6) for s in samples]
     # without "Image: ..." and the slots, as they were counted

@@ -151,7 +151,7 @@ def test_pictures_do_not_depend_on_batch_mates(lavin):
 def test_the_vit_sees_only_the_pictures_that_exist(lavin, monkeypatch):
     seen = []
     forward = lavin.vit.forward
-    monkeypatch.setattr(lavin.vit, "forward", lambda images: seen.append(len(images)) or forward(images))
+    monkeypatch.setattr(lavin.vit, "forward", lambda images, *a: seen.append(len(images)) or forward(images, *a))
     lavin(make_batch(ROWS))
     lavin(make_batch([r for r in ROWS if not r[2]]))
     assert seen == [2]
@@ -198,6 +198,32 @@ def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):
     assert abs(draws.count(0) / 300 - 0.5 / 0.8) < 0.1
     assert pick(logits, 0.0, 0.75, torch.Generator()).item() == 0
     assert draws == [pick(logits, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
+
+
+def test_dropout_is_a_function_of_seed_position_layer_and_unit():
+    seeds, positions = torch.arange(200)[:, None] * 7919, torch.arange(50)[None]
+    keep = adapters.survives(adapters.token_noise(seeds, positions), 3, 8, 0.1)
+    assert abs(keep.float().mean().item() - 0.9) < 0.003
+    for dim in range(3):  # no token, sample or unit is treated unlike the others
+        others = tuple({0, 1, 2} - {dim})
+        means = keep.float().mean(others)
+        assert (means - 0.9).abs().max() < 5 * (0.09 * len(means) / keep.numel()) ** 0.5
+    assert torch.equal(keep[5:9, 10:12], adapters.survives(adapters.token_noise(seeds[5:9], positions[:, 10:12]), 3, 8, 0.1))
+    other_layer = adapters.survives(adapters.token_noise(seeds, positions), 4, 8, 0.1)
+    assert abs((keep & other_layer).float().mean().item() - 0.81) < 0.005  # independent
+
+
+def test_dropout_in_training_only():
+    model, batch = make_lavin(dropout=0.5), make_batch(ROWS, pack=True)
+    seeded = batch._replace(seeds=torch.arange(len(ROWS)).repeat_interleave(batch.lengths)[None])
+    loss = model(batch).item()
+    assert model(seeded).item() == loss
+    model.train()
+    assert model(batch).item() == loss and model(seeded).item() != loss and model(seeded).item() == model(seeded).item()
+    # each sample has its own seed: together and alone are the same thing
+    alone = sum(model(make_batch([row], pack=True)._replace(seeds=torch.full((1, n), i))).item()
+                for i, (row, n) in enumerate(zip(ROWS, batch.lengths.tolist())))
+    assert model(seeded).item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_prompt_longer_than_the_context(lavin):

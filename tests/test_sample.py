@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 import cli
-import evaluate
 import sample
 from conftest import ROOT
 
@@ -48,6 +47,47 @@ def test_chat_keeps_the_picture(ask):
     assert first.startswith("The circle is red.") and second.startswith("The square is blue.")
 
 
+def test_chat_commands(ask, tmp_path):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
+    out, err = ask("--chat", stdin=f"What is the capital of France?\n/image {tmp_path / 'none.png'}\n/image {tmp_path / 'blank.png'}\n"
+                   "/jump\n/reset\n/image tiny/demo.png\nWhat color is the circle?\n")
+    assert out.splitlines()[0].startswith("The capital of France is Paris.")
+    assert out.splitlines()[1].startswith("The circle is red.")
+    assert "none.png: no such picture" in err and "unknown command /jump; known: /image PATH, /reset" in err
+
+
+def test_chat_forgets_the_oldest_turns_when_the_context_is_full(ask):
+    question = "What is the opposite of cold? (A) wet (B) old (C) hot"
+    out, err = ask("--chat", stdin=(question + "\n") * 14)
+    assert out.splitlines() == ["The opposite of cold is hot. The answer is C."] * 14
+    assert "of the oldest turns forgotten" in err
+
+
+def test_ctrl_c_stops_the_answer_not_the_chat(ask, monkeypatch):
+    stream, calls = sample.Tokenizer.stream, []
+
+    def interrupted(self, ids):
+        calls.append(1)
+        for i, piece in enumerate(stream(self, ids)):
+            if len(calls) == 1 and i == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(sample.Tokenizer, "stream", interrupted)
+    out, _ = ask("--chat", stdin="What is the capital of France?\nWhat is the capital of Italy?\n")
+    assert out.splitlines()[0] == "The capital of" and out.splitlines()[1].startswith("The capital of Italy is Rome.")
+
+
+def test_routing_is_shown(ask, monkeypatch, tmp_path):
+    out, err = ask("--routing")
+    rows = out.splitlines()[1:]
+    assert len(rows) == 4 and "wrote routing.png" in err
+    numbers = [[float(x) for x in row.split() if x[0] in "01" and "." in x] for row in rows]
+    assert all(abs(n[0] + n[1] - 1) < 2e-3 and abs(n[2] + n[3] - 1) < 2e-3 for n in numbers)
+    assert Image.open(ROOT / "routing.png").size[1] == 6 * 18
+    (ROOT / "routing.png").unlink()
+
+
 def test_mistakes_are_one_line(ask, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     (tmp_path / "text.jpg").write_text("no picture")
@@ -69,10 +109,3 @@ def test_mistakes_are_one_line(ask, tmp_path):
     assert "not LaVIN adapters" in message("--prompt", "What?", "--adapters", "tiny/llama/model.safetensors")
     assert "no such folder of LLaMA weights" in message("--prompt", "What?", "--llama", tmp_path)
     assert message("--promt", "What?") == "2"
-
-
-def test_evaluate_writes_predictions_and_scores(ask, tmp_path):
-    from tiny import world
-    world.write(tmp_path, seed=7, sizes={"test": 24, "val": 2, "train": 2})
-    out, _ = ask("--data", tmp_path, "--predictions", tmp_path / "p.json", main=evaluate.main)
-    assert out.split()[:9] == list(evaluate.COLUMNS) and (tmp_path / "p.json").is_file()

@@ -52,13 +52,14 @@ def same_bits(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path, monkeypatch, dropout):
     """The released loss is a mean of micro-batch means, so it depends on this split; here only rounding does.
 
     The rates of the first steps are those of a default run: Adam divides a gradient by its own size, so where that is
     nearly zero it turns rounding into up to a thousandth of a whole step.
     """
-    start = dict(steps=5, epochs=20, warmup=6)
+    start = dict(steps=5, epochs=20, warmup=6, dropout=dropout)
     for name, micro in (("one", 8), ("two", 4), ("many", 3)):
         run(monkeypatch, flags(small_world, tmp_path / name, micro_batch=micro, **start))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",

@@ -1,0 +1,217 @@
+"""What price.py predicts is what happens, and bench.py runs. No test asserts a time."""
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import adapters
+import bench
+import cli
+import data
+import llama
+import price
+import prompts
+import train
+from adapters import trainable
+from bench import Ours
+from clip import VisionTransformer
+from conftest import ROOT
+from lavin import LaVIN, LaVINConfig
+from llama import LLaMA, LLaMAConfig
+from price import Kind, Load
+from tiny import world
+
+CPU = torch.device("cpu")
+PROBLEMS = [Kind(300, 80, True), Kind(280, 90, False), Kind(400, 70, True), Kind(200, 60, False)]
+
+
+def tiny(dtype=torch.float32, checkpoint: bool = False, **cfg) -> Ours:
+    c, v = bench.PRESETS["tiny"]
+    with torch.device("meta"):
+        vit = VisionTransformer(v) if cfg.get("vision", True) else None
+        model = LaVIN(LLaMA(replace(c, n_layers=3)), vit, LaVINConfig(**cfg))
+    bench.materialise(model, CPU, dtype)
+    model.llama.checkpoint = checkpoint
+    return Ours(bench.Config(), model)
+
+
+def on_meta(preset: str) -> LaVIN:
+    c, v = bench.PRESETS[preset]
+    with torch.device("meta"):
+        return LaVIN(LLaMA(c), VisionTransformer(v), LaVINConfig())
+
+
+# ---------------------------------------------------------------------------------------------------
+# the table of lengths
+
+def test_the_table_is_scienceqas():
+    lengths, prompt_lengths, pictures = np.array(price.kinds()).T
+    assert len(lengths) == 80 and pictures.mean() == 0.5 and lengths.max() == 512 and (prompt_lengths < lengths).all()
+    assert round(lengths.mean()) == 303 and round((lengths - prompt_lengths).mean()) == 215
+    assert all(k.length <= 192 and k.prompt < 192 for k in price.kinds(192)) and len(price.kinds(192)) > 60
+
+
+def test_the_table_equals_the_real_problems():
+    folder = ROOT.parent / "shared/data"
+    if not folder.is_dir():
+        pytest.skip("needs the real problems and LLaMA's tokenizer")
+    samples = [s for split in ("train", "val", "test") for s in prompts.read_scienceqa(folder / "scienceqa", split)]
+    examples, _ = data.encode_all(samples, llama.Tokenizer(folder / "llama_tokenizer.model"), 6, 512)
+    real = Load.of([Kind(len(e.ids), e.start, e.n_slots > 0) for e in examples]).times(1 / len(examples))
+    table = Load.of(price.kinds()).times(1 / len(price.kinds()))
+    assert all(a == pytest.approx(b, rel=0.01) for a, b in zip(real[:4], table[:4]))
+
+
+def test_eight_ranks_carry_the_same_load():
+    assert price.balance(ranks=8, batch_size=32) <= 1.05
+
+
+# ---------------------------------------------------------------------------------------------------
+# FLOPs
+
+@pytest.mark.parametrize("choice", [{}, {"vit_adapters": False}, {"vision": False}, {"checkpoint": True}],
+                         ids=lambda choice: "-".join(choice) or "whole")
+def test_flop_formula_equals_torchs_counter(choice):
+    """To the last FLOP: products worked out again, the routers, the neck, and attention as the counter sees it."""
+    ours = tiny(**choice)
+    problems = [p._replace(picture=p.picture and ours.model.vit is not None) for p in PROBLEMS]
+    batch, load = ours.batch(problems), Load.of(problems)
+    formula = price.flops(ours.model, load, choice.get("checkpoint", False), in_full=True)
+    assert bench.counted_flops(lambda: ours.model(batch).backward()) == sum(formula.values())
+
+
+def test_hardly_a_flop_is_not_useful():
+    """Nothing is padded, and what is worked out again is small."""
+    for preset, floor in (("7B", 4 * 6.476e9), ("13B", 4 * 12.688e9)):
+        load = Load.of(price.kinds(), forwards=len(price.kinds()) / 4)
+        lines = price.flops(on_meta(preset), load)
+        assert lines["LLaMA"] / load.tokens == pytest.approx(floor, rel=1e-3)
+        assert 1 < sum(lines.values()) / price.useful(lines) <= 1.03
+    assert lines["pictures"] / load.pictures == pytest.approx(0.333e12, rel=0.01)  # ViT-L/14, forward and backward
+
+
+# ---------------------------------------------------------------------------------------------------
+# memory
+
+def test_a_7b_block_keeps_at_most_95_kb_of_a_token():
+    """The floor is 93.3; without one of the recomputed regions it would be 102, 111 or 116."""
+    assert 93_000 < bench.block_bytes(llama.from_name("7B"), torch.bfloat16, CPU, lengths=(200, 56)) <= 95_000
+
+
+@pytest.mark.parametrize("plain", ["adapted", "RMSNorm", "swiglu"])
+def test_each_recomputed_region_saves_memory(monkeypatch, plain):
+    """At an eighth of 7B's width."""
+    c, recompute = LLaMAConfig(dim=512, n_heads=4, ffn_dim=1376), llama.recompute
+    all_three = bench.block_bytes(c, torch.bfloat16, CPU)
+    monkeypatch.setattr(llama, "recompute", lambda f, *args: (
+        f(*args) if getattr(f, "__name__", type(f).__name__) == plain else recompute(f, *args)))
+    assert bench.block_bytes(c, torch.bfloat16, CPU) > 1.08 * all_three
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predicted_memory_is_measured_memory(dtype, checkpoint):
+    ours = tiny(dtype, checkpoint)
+    batch = ours.batch(PROBLEMS)
+    ours.step([batch])
+    lines = price.memory(ours.model, dtype, Load.of(PROBLEMS), checkpoint)
+    held, saved, peak = sum([*lines.values()][:4]), sum([*lines.values()][4:7]), sum(lines.values())
+    assert bench.held_bytes(ours.model, ours.optimizer) == pytest.approx(held, rel=0.01)
+    assert bench.saved_bytes(lambda: ours.model(batch), ours.model) == pytest.approx(saved, rel=0.05)
+    assert bench.peak_bytes(ours, PROBLEMS, CPU) == pytest.approx(peak, rel=0.05)
+
+
+def test_peaks_and_file_sizes_at_paper_scale(tmp_path):
+    for preset, most, checkpointed, megabytes in (("7B", 22, 16, 15.2), ("13B", 38.5, 29, 21.6)):
+        model, load = on_meta(preset), Load.of([Kind(512, 0, True)] * 4)
+        assert sum(price.memory(model, torch.bfloat16, load).values()) / 1e9 <= most
+        assert sum(price.memory(model, torch.bfloat16, load, checkpoint=True).values()) / 1e9 <= checkpointed
+        for name, p in trainable(model).items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.zeros(p.shape)))
+        adapters.save_adapters(tmp_path / "a.safetensors", model, {})
+        assert round((tmp_path / "a.safetensors").stat().st_size / 1e6, 1) == megabytes
+
+
+def test_checkpointing_changes_no_gradient():
+    grads = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        ours = tiny(checkpoint=checkpoint)
+        ours.model(ours.batch(PROBLEMS)).backward()
+        grads.append({n: p.grad for n, p in trainable(ours.model).items()})
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# commands
+
+def run(monkeypatch, capsys, main, *argv: str) -> tuple[str, str]:
+    monkeypatch.setattr(sys, "argv", ["x.py", *argv])
+    cli.run(main)
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize("command, keys", [
+    ("train", {"tokens_per_s", "samples_per_s", "utilisation", "matmul_tflop_per_s", "flops_over_useful", "peak_gb",
+               "predicted_peak_gb", "slowest_over_mean_rank", "recipe_hours_here", "recipe_hours_8_a100_projected"}),
+    ("decode", {"prefill_tokens_per_s", "tokens_per_s", "gb_per_s", "copy_gb_per_s"}),
+    ("memory", {"block_kb_per_token", "held_mb", "saved_mb", "predicted_saved_mb", "peak_mb", "predicted_peak_mb"})])
+def test_bench_ends_with_one_line_of_json(monkeypatch, capsys, command, keys):
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)  # a large product takes a while on a small machine
+    out, err = run(monkeypatch, capsys, bench.main, command, "--preset", "tiny", "--device", "cpu", "--batch_size", "2",
+                   "--micro_batch", "2", "--burn_in", "0", "--steps", "1", "--new_tokens", "3")
+    result = json.loads(out)  # nothing else is on stdout
+    assert keys <= result.keys() and result["command"] == command and all(result[key] > 0 for key in keys)
+    if command == "train":
+        assert result["micro_batch_flops"] == result["micro_batch_flops_torch"]
+        assert result["peak_gb"] == pytest.approx(result["predicted_peak_gb"], rel=0.05)
+
+
+def test_hugging_face_takes_the_same_steps(monkeypatch, capsys):
+    pytest.importorskip("transformers"), pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
+    out, err = run(monkeypatch, capsys, bench.main, "train", "--preset", "tiny", "--vs", "hf", "--device", "cpu",
+                   "--batch_size", "2", "--micro_batch", "2", "--burn_in", "1", "--steps", "1")
+    result = json.loads(out)
+    assert result["hf_over_ours"] > 0 and result["micro_batch_flops"] == result["micro_batch_flops_torch"]
+    assert [line.split()[2] for line in err.splitlines() if line.startswith("step ")] == ["ours:", "hf:"] * 2  # in turn
+
+
+def test_mistakes_are_one_line(monkeypatch, capsys):
+    def message(*argv):
+        with pytest.raises(SystemExit) as e:
+            run(monkeypatch, capsys, bench.main, *argv)
+        assert "\n" not in str(e.value.code)
+        return e.value.code
+
+    assert "unknown command 'fly'; known: train, decode, memory" in message("fly")
+    assert "unknown --preset '9B'; known: tiny, small, 7B, 13B" in message("train", "--preset", "9B")
+    assert "unknown --vs 'us'; known: hf" in message("--vs", "us")
+    assert "--steps 0: at least 1 is needed" in message("--steps", "0")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "the package peft is not here; pip install transformers peft" in message("--preset", "tiny", "--vs", "hf")
+    monkeypatch.setattr(bench.os, "sysconf", lambda name: 1000)
+    assert "give --dtype bf16 or fewer --layers" in message("--preset", "7B", "--device", "cpu")
+    assert message("memory", "--help") == 0
+
+
+def test_dry_run_needs_no_weights(monkeypatch, capsys):
+    flags = "--dry_run", "--recipe", "paper", "--llama", "13B", "--clip", "ViT-L/14"
+    out, _ = run(monkeypatch, capsys, train.main, *flags)
+    assert "5,390,080 train" in out and "20 x 12,726 problems as in ScienceQA" in out and "stated, not measured" in out
+    peak = float(next(line for line in out.splitlines() if line.startswith("  peak")).split()[1])
+    assert 36 < peak < 38.5
+    saving, _ = run(monkeypatch, capsys, train.main, *flags, "--checkpoint")
+    assert "blocks again" in saving and "28." in saving
+
+
+def test_dry_run_prices_a_folder_on_its_own_data(monkeypatch, capsys, tmp_path):
+    world.write(tmp_path, seed=5, sizes={"test": 4, "val": 4, "train": 12})
+    here = ["--llama", str(ROOT / "tiny/llama"), "--clip", str(ROOT / "tiny/clip"), "--data", str(tmp_path)]
+    out, _ = run(monkeypatch, capsys, train.main, "--dry_run", *here)
+    assert "58,980 train" in out and f"4 x 12 problems as in {tmp_path}" in out

@@ -1,0 +1,290 @@
+"""End to end on small files in the published layouts: one short training on a mixture, then every command of evaluate.py."""
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import answers
+import data
+import evaluate
+import lavin
+import naive
+import prompts
+import published
+import scores
+import train
+from conftest import ROOT, ROWS, make_batch, make_lavin
+from llama import Tokenizer
+
+TINY = ["--llama", f"{ROOT}/tiny/llama", "--clip", f"{ROOT}/tiny/clip", "--device", "cpu"]
+MME = {"existence": 3, "artwork": 2, "code_reasoning": 1}
+
+
+def call(main, *argv) -> None:
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
+        main()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """a folder with every data set, and out/ with adapters that a mixture of them trained"""
+    folder = tmp_path_factory.mktemp("published")
+    published.scienceqa(folder / "s", {"train": 20, "test": 13})
+    published.alpaca(folder / "alpaca_data.json", 9)
+    published.coco(published.llava(folder / "coco"))
+    published.mme(folder / "mme", MME)
+    published.truthfulqa(folder / "mc_task.json")
+    mixture = f"alpaca:{folder}/alpaca_data.json,llava:{folder}/coco,coco:{folder}/coco,scienceqa:{folder}/s"
+    with pytest.MonkeyPatch.context() as m:
+        said = []
+        m.setattr(sys.stderr, "write", said.append)
+        call(train.main, "--data", mixture, "--out", folder / "out", *TINY, "--format", "QCM-ALE", "--epochs", 4,
+             "--batch_size", 11, "--log_every", 1, "--split", "", "--max_new_tokens", 16)
+    (folder / "said").write_text("".join(said))
+    return folder
+
+
+@pytest.fixture
+def run(world, capsys):
+    """call evaluate.py with the adapters of `world` -> (stdout, stderr)"""
+    def run(*argv):
+        call(evaluate.main, argv[0], *TINY, "--adapters", world / "out/adapters.safetensors", *argv[1:])
+        return capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def folded(world):
+    model, _ = lavin.load(world / "out/adapters.safetensors", ROOT / "tiny/llama", ROOT / "tiny/clip")
+    return model.fold(lavin.TEXT, lavin.IMAGE), Tokenizer(ROOT / "tiny/llama/tokenizer.model")
+
+
+def test_a_mixture_trains_and_is_counted(world):
+    said = (world / "said").read_text()
+    for line in (f"alpaca:{world}/alpaca_data.json: 8 kept, 0 cut, 1 dropped", f"llava:{world}/coco: 6 kept",
+                 f"coco:{world}/coco: 10 kept", f"scienceqa:{world}/s: 20 kept"):
+        assert line in said
+    losses = [json.loads(line)["loss"] for line in open(world / "out/log.jsonl")]
+    assert len(losses) == 16 and np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
+def test_batches_mix_text_and_pictures_at_random(world):
+    tokenizer = Tokenizer(ROOT / "tiny/llama/tokenizer.model")
+    examples = []
+    for source in prompts.mixture(f"alpaca:{world}/alpaca_data.json,coco:{world}/coco,scienceqa:{world}/s"):
+        examples += data.encode_all(source.read(), tokenizer, 6, 200)[0]
+    steps = data.Steps(examples, 8, 8, 0, 1, 0, 64, "clip")
+    assert 18 <= sum(e.n_slots > 0 for e in examples) <= len(examples) - 18
+    batches = [[examples[i].n_slots > 0 for i in steps.chosen(k)] for k in range(4 * steps.per_epoch)]
+    assert np.mean([len(set(pictures)) == 2 for pictures in batches if len(pictures) == 8]) > 0.9
+    batch, = steps[0][0]
+    assert set(batch.modality[0].tolist()) == {0, 1} and len(batch.images) == sum(batches[0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# the commands
+
+def test_scienceqa(run, world, tmp_path):
+    out, _ = run("scienceqa", "--data", world / "s", "--out", tmp_path / "p.jsonl", "--json")
+    found = json.loads(out)
+    assert found["columns"]["Avg"][1] == 13 and list(found["accuracy"])[:9] == list(scores.COLUMNS)
+    again = json.loads(run("scienceqa", "--data", world / "s", "--predictions", tmp_path / "p.jsonl", "--json")[0])
+    assert again == found
+    assert "LaVIN-7B (paper)" in run("scienceqa", "--data", world / "s", "--limit", 3)[0]
+
+
+def test_without_a_command_it_is_scienceqa(world, monkeypatch):
+    called = []
+    monkeypatch.setattr("tiny.world.ensure", called.append)
+    monkeypatch.setitem(evaluate.COMMANDS, "scienceqa", (evaluate.ScienceQA, lambda cfg: called.append(cfg)))
+    call(evaluate.main, "--data", world / "s", "--limit", 3)
+    call(evaluate.main)
+    given, made, default = called
+    assert (given.data, given.limit) == (str(world / "s"), 3)
+    assert made == default.data == "tiny/data" and (default.limit, default.predictions, default.stop_at_letter) == (0, "", True)
+
+
+def test_mme_writes_its_own_result_files(run, world, tmp_path):
+    found = json.loads(run("mme", "--data", world / "mme", "--out", tmp_path, "--json")[0])
+    assert sorted(f.stem for f in tmp_path.glob("*.txt")) == sorted(MME)
+    for task, n in MME.items():
+        rows = [line.split("\t") for line in (tmp_path / f"{task}.txt").read_text().splitlines()]
+        assert len(rows) == 2 * n and {len(r) for r in rows} == {4} and [r[2] for r in rows] == ["Yes", "No"] * n
+    assert found == json.loads(run("mme", "--results", tmp_path, "--json")[0]) and set(found["tasks"]) == set(MME)
+    one = run("mme", "--data", world / "mme", "--out", tmp_path / "one", "--tasks", "artwork", "--limit", 1, "--json")[0]
+    assert json.loads(one)["tasks"]["artwork"]["replies"] == 2
+
+
+def test_coco_captions_the_test_split(run, world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)  # written even where they can't be scored
+    out, err = run("coco", "--data", world / "coco", "--out", tmp_path / "c.jsonl")
+    assert not out and "will not be scored" in err
+    assert set(scores.read_predictions(tmp_path / "c.jsonl")) == {"103", "104"}
+
+
+def test_coco_is_scored(run, world, tmp_path):
+    pytest.importorskip("pycocoevalcap", reason="the COCO caption library is not installed")
+    try:
+        scores.caption_tools()
+    except ValueError as e:
+        pytest.skip(str(e))
+    found = json.loads(run("coco", "--data", world / "coco", "--out", tmp_path / "c.jsonl", "--json")[0])
+    call(evaluate.main, "coco", "--predictions", tmp_path / "c.jsonl", "--references", world / "coco/dataset_coco.json")
+    assert found["pictures"] == 2
+
+
+def test_truthfulqa_equals_a_naive_recomputation(run, world, tmp_path, folded):
+    """each answer alone, in numpy's float64 from torch's logits; both token by token"""
+    found = json.loads(run("truthfulqa", "--data", world / "mc_task.json", "--out", tmp_path / "t.jsonl", "--json")[0])
+    written = scores.read_predictions(tmp_path / "t.jsonl")
+    model, tokenizer = folded
+    model.enter(lavin.TEXT)
+    mc1, mc2 = [], []
+    for i, q in enumerate(json.loads((world / "mc_task.json").read_text())):
+        p = {}
+        for answer in {**q["mc1_targets"], **q["mc2_targets"]}:
+            asked = f"Instruction: {q['question']}\nResponse:"
+            head = [1] + tokenizer.encode("Image: N/A")
+            ids, n = head + tokenizer.encode(asked + answer), len(head) + len(tokenizer.encode(asked))
+            with torch.no_grad():
+                logits = model.llama.output(model.llama(torch.tensor([ids])))[0].double().numpy()
+            logp = [np.log(naive.softmax(logits[t - 1])[ids[t]]) for t in range(n, len(ids))]
+            assert len(logp) > 0 and written[str(i)][answer] == pytest.approx(sum(logp), rel=1e-5)
+            p[answer] = math.exp(sum(logp))
+        best = max(q["mc1_targets"], key=lambda a: p[a])
+        mc1.append(q["mc1_targets"][best])
+        mc2.append(sum(p[a] for a, y in q["mc2_targets"].items() if y) / sum(p[a] for a in q["mc2_targets"]))
+    assert found["MC1"] == 100 * np.mean(mc1) and found["MC2"] == pytest.approx(100 * np.mean(mc2), rel=1e-4)
+    again = run("truthfulqa", "--data", world / "mc_task.json", "--predictions", tmp_path / "t.jsonl", "--json")[0]
+    assert json.loads(again) == found
+
+
+# ---------------------------------------------------------------------------------------------------
+# stopping at the letter
+
+def test_a_complete_row_ends_and_no_other_changes():
+    model = make_lavin()
+    batch = make_batch(ROWS)
+    whole = model.generate(batch, 12, eos=-1, temperature=0.0)
+    complete = lambda ids: ids[-1] % 4 == 1 or len(ids) == 9
+    ends = [next(i for i in range(12) if complete(ids[: i + 1])) + 1 for ids in whole]
+    assert len(set(ends)) > 1 and min(ends) < 9
+    seen = list(model.stream(batch, 12, eos=-1, temperature=0.0, complete=complete))
+    assert len(seen) == max(ends)  # and not one step more
+    assert [[row[b] for row in seen if row[b] is not None] for b in range(4)] == [ids[:n] for ids, n in zip(whole, ends)]
+
+
+def test_stopping_at_the_letter_changes_no_score(world, folded):
+    model, tokenizer = folded
+    samples = prompts.read_scienceqa(world / "s", "test", "QCM-ALE")
+    tokenizer.eos = -1  # answers go on behind their letter, as with explanations
+    whole, cut = (answers.answer(model, tokenizer, samples, 24, progress=False, until=u) for u in (None, scores.ANSWER))
+    assert scores.scienceqa(samples, whole) == scores.scienceqa(samples, cut)
+    stopped = [s.id for s in samples if len(cut[s.id]) < len(whole[s.id])]
+    assert len(stopped) > 6 and all(whole[id].startswith(cut[id]) for id in whole)
+    assert all(re.search(r"The answer is [A-Z]\.$", cut[id]) for id in stopped)
+
+
+# ---------------------------------------------------------------------------------------------------
+# interruptions and processes
+
+def test_a_killed_run_goes_on(run, world, tmp_path, monkeypatch):
+    argv = ("scienceqa", "--data", world / "s", "--batch_size", 3, "--out", tmp_path / "p.jsonl")
+    run(*argv)
+    whole = (tmp_path / "p.jsonl").read_text().splitlines(keepends=True)
+    assert len(whole) == 14
+    asked, answer = [], answers.answer
+
+    def spy(model, tokenizer, samples, **kw):
+        asked.extend(samples)
+        return answer(model, tokenizer, samples, **kw)
+
+    monkeypatch.setattr(answers, "answer", spy)
+    for kept in ("".join(whole[:6]) + whole[6][:9], whole[0][:12], ""):  # killed inside a line, or at once
+        (tmp_path / "p.jsonl").write_text(kept)
+        asked.clear()
+        _, err = run(*argv)
+        done = max(0, kept.count("\n") - 1)
+        assert len(asked) == 13 - done and (f"{done} predictions are there, {13 - done} to go" in err) == (done > 0)
+        assert sorted((tmp_path / "p.jsonl").read_text().splitlines(keepends=True)) == sorted(whole)
+    monkeypatch.setattr(answers, "load", None)  # nothing to go: no model
+    run(*argv)
+
+
+def test_two_processes_write_what_one_writes(run, world, tmp_path):
+    found = run("mme", "--data", world / "mme", "--out", tmp_path / "one", "--json")[0]
+    whole = (tmp_path / "one/predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/predictions.jsonl").write_text("".join(whole[:3]))  # and they go on from there
+    command = [sys.executable, "evaluate.py", "mme", *TINY, "--adapters", str(world / "out/adapters.safetensors"),
+               "--data", str(world / "mme"), "--out", str(tmp_path / "two"), "--json"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun does
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**told, "RANK": rank}) for rank in "01"]
+    try:
+        assert [p.communicate(timeout=180)[0] for p in both] == [found, ""]  # the first one speaks for both
+    finally:
+        for p in both:
+            p.kill()
+    assert sorted((tmp_path / "two/predictions.jsonl").read_text().splitlines(keepends=True)) == sorted(whole)
+    for task in MME:
+        assert (tmp_path / f"one/{task}.txt").read_text() == (tmp_path / f"two/{task}.txt").read_text()
+
+
+def test_mistakes_are_one_line(run, world, tmp_path):
+    def message(*argv):
+        with pytest.raises((ValueError, OSError)) as e:
+            run(*argv)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    p, small = tmp_path / "p.jsonl", ("scienceqa", "--data", world / "s", "--limit", 2)
+    run(*small, "--out", p)
+    kept = p.read_text()
+    another = "p.jsonl: holds the predictions of another run ({}, now {}); give another --out, or delete it"
+    assert another.format("seed 0", 1) in message(*small, "--seed", 1, "--out", p)
+    assert another.format("command scienceqa", "coco") in message("coco", "--data", world / "coco", "--out", p)
+    (tmp_path / "notes.jsonl").write_text("my notes")
+    assert "is not the predictions of an earlier run" in message(*small, "--out", tmp_path / "notes.jsonl")
+    assert "name that ends in .jsonl" in message(*small, "--out", tmp_path / "p.json")
+    assert p.read_text() == kept and (tmp_path / "notes.jsonl").read_text() == "my notes"
+    published.scienceqa(tmp_path / "s", {"test": 4, "val": 0})
+    (tmp_path / "s/images/test/2/image.png").unlink()
+    assert "test/2/image.png: no such picture, needed by sample 2" in message("scienceqa", "--data", tmp_path / "s")
+    assert "nothing to answer" in message("scienceqa", "--data", tmp_path / "s", "--split", "val")
+    assert "none of MME's folders is here" in message("mme", "--data", tmp_path)
+    assert "mc.json: no such file" in message("truthfulqa", "--data", tmp_path / "mc.json")
+    published.coco(tmp_path / "coco")
+    (tmp_path / "coco/val2014/COCO_val2014_000000000104.jpg").unlink()
+    lacking = message("coco", "--data", tmp_path / "coco", "--out", tmp_path / "c.jsonl")
+    assert "000000000104.jpg: no such picture, needed by sample 104" in lacking
+    text_only = ("--no-vision", "--adapter", "rep", "--steps", 1, "--split", "")
+    call(train.main, "--data", world / "s", "--out", tmp_path / "text", *TINY, *text_only)
+    for name in ("mme", "coco"):
+        told = message(name, "--data", world / name, "--adapters", tmp_path / "text/adapters.safetensors")
+        assert "text-only adapters" in told
+
+
+def test_train_takes_no_empty_or_broken_mixture(world, tmp_path):
+    def message(spec):
+        with pytest.raises((ValueError, OSError)) as e:
+            call(train.main, "--data", spec, "--out", tmp_path, *TINY)
+        return str(e.value)
+
+    published.put(tmp_path / "a.json", [{"instruction": "x", "output": ""}])
+    assert "no sample of the train split has a response" in message(f"alpaca:{tmp_path}/a.json")
+    published.put(tmp_path / "b.json", [{"instruction": "x", "ouput": "y"}])
+    assert "b.json: record 0: 'output' is missing or not str" in message(f"{world}/s,json:{tmp_path}/b.json")
+    assert "unknown kind 'alpca'; did you mean alpaca?" in message("alpca:x")
+    assert "split train is empty" in message(f"scienceqa:{published.scienceqa(tmp_path / 'e', {'train': 0, 'test': 1})}")

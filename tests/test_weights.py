@@ -1,0 +1,526 @@
+"""Files of weights: every layout gives the same tensors, nothing is loaded half, a mistake is one clear line."""
+import argparse
+import ctypes.util
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapters
+import cli
+import lavin
+import make_random_7b
+import sample
+import tensorfiles
+import weights
+from clip import CLIPConfig, VisionTransformer
+from conftest import LLAMA, ROOT, ROWS, close, make_batch, make_lavin, randomize
+from lavin import LaVIN
+from llama import LLaMA, LLaMAConfig, Tokenizer
+from weights_on_disk import released_state, write_meta, write_openai
+
+TOKENIZER = ROOT / "tiny" / "llama" / "tokenizer.model"
+REAL = ROOT.parent / "shared" / "data" / "llama_tokenizer.model"
+
+
+def make_llama(cfg: LLaMAConfig = LLAMA) -> LLaMA:
+    torch.manual_seed(0)
+    model = LLaMA(cfg)
+    randomize(model)
+    return model
+
+
+def make_vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    model = VisionTransformer(CLIPConfig(image_size=16, patch_size=4, width=64, layers=4, heads=1)).eval()
+    randomize(model)
+    return model
+
+
+def lazy(model) -> weights.Tensors:
+    return {n: tensorfiles.Lazy(tuple(p.shape), p.dtype, lambda p=p: p.detach()) for n, p in model.named_parameters()}
+
+
+def write_hf(folder: Path, model, **how) -> Path:
+    to_hf = weights.llama_to_hf if isinstance(model, LLaMA) else weights.clip_to_hf
+    tensorfiles.write_folder(folder, *to_hf(dataclasses.asdict(model.cfg), lazy(model)), **how)
+    if isinstance(model, LLaMA):
+        shutil.copyfile(TOKENIZER, folder / "tokenizer.model")
+    return folder
+
+
+def same(a, b) -> bool:
+    a, b = dict(a.named_parameters()), dict(b.named_parameters())
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_tensors(file: Path, edit) -> None:
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+# ---------------------------------------------------------------------------------------------------
+# layouts (against transformers' own files: test_oracle.py)
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_meta_layout_and_back_from_hugging_face(tmp_path, shards):
+    model = make_llama()
+    folder = write_meta(tmp_path / "7B", model, shards)
+    shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.model")  # one folder up
+    read = LLaMA.from_pretrained(folder)
+    assert same(model, read) and dataclasses.asdict(read.cfg) == dataclasses.asdict(model.cfg)
+    assert not any(p.requires_grad for p in read.parameters())
+    weights.convert(folder, tmp_path / "hf")
+    assert same(model, LLaMA.from_pretrained(tmp_path / "hf"))
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+    header = int.from_bytes((tmp_path / "hf" / "model.safetensors").read_bytes()[:8], "little")
+    assert (8 + header) % 64 == 0  # aligned, whoever maps it
+    # what is written is what safetensors itself reads
+    names = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(names["model.layers.1.mlp.up_proj.weight"], model.layers[1].feed_forward.w3.weight)
+    assert not torch.equal(names["model.layers.1.self_attn.q_proj.weight"], model.layers[1].attention.wq.weight)
+
+
+def test_meta_params_that_are_silent(tmp_path):
+    folder = write_meta(tmp_path / "7B", make_llama())
+    params = json.loads((folder / "params.json").read_text())
+    for key in ("max_seq_len", "rope_theta"):
+        del params[key]
+    (folder / "params.json").write_text(json.dumps(params))
+    sizes, _ = weights.read_llama(folder)
+    assert (sizes["vocab_size"], sizes["ffn_dim"]) == (61, 48)  # -1 and a formula there; read off the tensors
+    assert (sizes["max_seq_len"], sizes["rope_theta"]) == (2048, 10000.0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_openai_archive(tmp_path, half):
+    model = make_vit()
+    file = write_openai(tmp_path / "ViT-L-14.pt", model, half)
+    with zipfile.ZipFile(file) as archive:
+        assert any("/code/" in name for name in archive.namelist())
+    read = VisionTransformer.from_pretrained(file)
+    assert dataclasses.asdict(read.cfg) == dataclasses.asdict(model.cfg)
+    expected = make_vit()
+    if half:
+        expected.half().float()
+    assert same(expected, read)
+    assert same(expected, VisionTransformer.from_pretrained(tmp_path))  # the folder it lies in
+    weights.convert(file, tmp_path / "hf")
+    assert same(expected, VisionTransformer.from_pretrained(tmp_path / "hf"))
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(t.dtype == (torch.float16 if half else torch.float32) for t in stored.values())
+    # the same state as a plain pickle
+    torch.save({f"visual.{n}": p for n, p in expected.state_dict().items()} | {"logit_scale": torch.ones(())}, tmp_path / "plain.pt")
+    assert same(expected, VisionTransformer.from_pretrained(tmp_path / "plain.pt"))
+
+
+@pytest.mark.parametrize("layout", ["hf", "bin", "meta"])
+def test_loading_needs_the_weights_and_a_tensor_more(tmp_path, monkeypatch, layout):
+    status = Path("/proc/self/status")
+    libc = ctypes.util.find_library("c")
+    if not status.is_file() or not hasattr(ctypes.CDLL(libc), "malloc_trim"):
+        pytest.skip("resident memory is read from Linux's /proc, with glibc")
+    monkeypatch.setattr(tensorfiles, "WINDOW", 4 * 2**20)
+
+    def resident(key: str) -> int:
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
+
+    model = LLaMA(LLaMAConfig(dim=512, n_layers=8, n_heads=8, ffn_dim=1408, vocab_size=1000)).bfloat16()
+    size = sum(p.numel() for p in model.parameters())
+    if layout == "meta":
+        write_meta(tmp_path / "meta", model, 2)
+    else:
+        folder = write_hf(tmp_path / layout, model, limit=20 * 10**6)
+        if layout == "bin":
+            state = {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+            for file in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
+                file.unlink()
+            torch.save(state, folder / "pytorch_model.bin")
+            del state
+    del model
+    LLaMA.from_pretrained(write_meta(tmp_path / "small", make_llama()), dtype=torch.bfloat16)  # what torch itself needs
+    for dtype in (torch.float32, torch.bfloat16):
+        ctypes.CDLL(libc).malloc_trim(0)  # what earlier models left behind would serve this one
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = resident("VmRSS")
+        read = LLaMA.from_pretrained(tmp_path / layout, dtype=dtype)
+        extra = resident("VmHWM") - before - size * dtype.itemsize
+        assert next(read.parameters()).dtype == dtype
+        assert extra < 36e6, f"{extra / 1e6:.0f} MB beyond the {size * dtype.itemsize / 1e6:.0f} MB of weights"
+        del read
+
+
+# ---------------------------------------------------------------------------------------------------
+# mistakes
+
+def fails(call, *pieces: str) -> None:
+    """`call` ends in one line that has every one of these pieces"""
+    with pytest.raises((ValueError, OSError)) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400, message
+    for piece in pieces:
+        assert piece in message, f"{piece!r} is not in {message!r}"
+
+
+def test_damaged_and_incomplete_files(tmp_path):
+    model, vit = make_llama(), make_vit()
+    hf = write_hf(tmp_path / "hf", model)
+    whole = (hf / "model.safetensors").read_bytes()
+    for size in (0, 5, 300, len(whole) // 2, len(whole) - 1):
+        (hf / "model.safetensors").write_bytes(whole[:size])
+        fails(lambda: LLaMA.from_pretrained(hf), "hf/model.safetensors: damaged or cut short", "download it again")
+
+    shards = write_hf(tmp_path / "shards", model, limit=20_000)
+    last = sorted(shards.glob("*.safetensors"))[-1]
+    last.unlink()
+    fails(lambda: LLaMA.from_pretrained(shards), f"shards/{last.name}: missing shard", "download")
+
+    meta = write_meta(tmp_path / "meta", model, 2)
+    (meta / "consolidated.01.pth").rename(meta / "consolidated.02.pth")
+    fails(lambda: LLaMA.from_pretrained(meta), "missing shard consolidated.01.pth", "unexpected consolidated.02.pth", "has 2")
+    (meta / "consolidated.02.pth").rename(meta / "consolidated.01.pth")
+    whole = (meta / "consolidated.01.pth").read_bytes()
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        (meta / "consolidated.01.pth").write_bytes(whole[:size])
+        fails(lambda: LLaMA.from_pretrained(meta), "consolidated.01.pth: damaged or cut short", "download it again")
+
+    whole = write_openai(tmp_path / "vit.pt", vit).read_bytes()
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "vit.pt").write_bytes(whole[:size])
+        fails(lambda: VisionTransformer.from_pretrained(tmp_path / "vit.pt"), "vit.pt: damaged or cut short", "download it again")
+    flipped = bytearray(whole)
+    at = whole.index(vit.class_embedding.detach().numpy().tobytes()[:16])
+    flipped[at] ^= 1  # a zip knows a checksum of every entry
+    (tmp_path / "vit.pt").write_bytes(flipped)
+    fails(lambda: VisionTransformer.from_pretrained(tmp_path / "vit.pt"), "vit.pt: damaged")
+
+
+def test_every_tensor_is_accounted_for(tmp_path):
+    folder, file = write_hf(tmp_path / "hf", make_llama()), tmp_path / "hf" / "model.safetensors"
+
+    def edit(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"], tensors["lm_head.weight"]
+        tensors["model.layers.1.mlp.extra.weight"] = torch.ones(3)
+        tensors["layers.1.feed_forward.w3.weight"] = torch.ones(48, 32)  # our name is not theirs
+
+    whole = file.read_bytes()
+    edit_tensors(file, edit)
+    fails(lambda: LLaMA.from_pretrained(folder), "hf: missing lm_head.weight, model.layers.1.mlp.up_proj.weight",
+          "unexpected layers.1.feed_forward.w3.weight, model.layers.1.mlp.extra.weight", "complete")
+    fails(lambda: weights.convert(folder, tmp_path / "out"), "missing lm_head.weight")  # nor is half of it converted
+    assert not (tmp_path / "out").exists()
+    file.write_bytes(whole)
+    edit_tensors(file, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31), "lm_head.weight": torch.ones(62, 32)}))
+    fails(lambda: LLaMA.from_pretrained(folder), "norm.weight [31] instead of [32]", "output.weight [62, 32] instead of [61, 32]")
+    file.write_bytes(whole)
+    edit_json(folder / "config.json", num_hidden_layers=2)
+    fails(lambda: LLaMA.from_pretrained(folder), "unexpected model.layers.2", "and 6 more")
+
+    folder = write_meta(tmp_path / "meta", make_llama(), 2)
+    state = torch.load(folder / "consolidated.01.pth")
+    state["layers.0.attention.bias"] = state.pop("norm.weight")
+    torch.save(state, folder / "consolidated.01.pth")
+    fails(lambda: LLaMA.from_pretrained(folder), "consolidated.01.pth: missing norm.weight; unexpected layers.0.attention.bias")
+
+    folder = write_hf(tmp_path / "clip", make_vit())
+    edit_tensors(folder / "model.safetensors", lambda t: t.pop("vision_model.encoder.layers.0.self_attn.k_proj.bias"))
+    fails(lambda: VisionTransformer.from_pretrained(folder), "missing encoder.layers.0.self_attn.k_proj.bias")
+
+
+def test_the_wrong_folder(tmp_path):
+    llama, vit = write_hf(tmp_path / "llama", make_llama()), write_hf(tmp_path / "vit", make_vit())
+    meta = write_meta(tmp_path / "meta", make_llama())
+    openai = write_openai(tmp_path / "ViT.pt", make_vit())
+    for path in (llama, meta):
+        fails(lambda: VisionTransformer.from_pretrained(path), str(path), "holds a LLaMA, expected a CLIP", "swap --llama and --clip")
+    for path in (vit, openai):
+        fails(lambda: LLaMA.from_pretrained(path), str(path), "holds a CLIP, expected a LLaMA", "swap --llama and --clip")
+    fails(lambda: LLaMA.from_pretrained(tmp_path / "none"), "none: no such folder of LLaMA weights")
+    fails(lambda: LLaMA.from_pretrained(llama / "model.safetensors"), "model.safetensors: no such folder")
+    (tmp_path / "empty").mkdir()
+    fails(lambda: LLaMA.from_pretrained(tmp_path / "empty"), "no LLaMA weights here; expected config.json", "params.json", "ViT-L-14.pt")
+    torch.save({"logit_scale": torch.ones(())}, tmp_path / "text.pt")
+    fails(lambda: VisionTransformer.from_pretrained(tmp_path / "text.pt"), "text.pt: no vision transformer in it")
+
+    # one layout's files under the other's names
+    (meta / "params.json").rename(meta / "away")
+    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is Meta's layout; put the params.json")
+    shutil.copyfile(llama / "config.json", meta / "config.json")
+    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is Meta's layout; put the params.json")
+    (meta / "consolidated.00.pth").rename(meta / "pytorch_model.bin")
+    fails(lambda: LLaMA.from_pretrained(meta), "the tensors are in Meta's layout, config.json is Hugging Face's", "consolidated.00.pth")
+    (llama / "config.json").rename(llama / "params.json")
+    fails(lambda: LLaMA.from_pretrained(llama), "model.safetensors is Hugging Face's layout; put the config.json")
+    shutil.copyfile(meta / "away", llama / "params.json")
+    torch.save(load_file(llama / "model.safetensors"), llama / "consolidated.00.pth")
+    fails(lambda: LLaMA.from_pretrained(llama), "not in Meta's layout as params.json says", "config.json")
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(num_key_value_heads=2), "num_key_value_heads 2, expected 4"),
+    (dict(rope_scaling={"factor": 8.0, "rope_type": "llama3"}), "rope_scaling"),
+    (dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear"}), "rope_scaling"),
+    (dict(attention_bias=True), "attention_bias True"), (dict(tie_word_embeddings=True), "tie_word_embeddings True"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu'"), (dict(head_dim=16), "head_dim 16, expected 8"),
+    (dict(model_type="mistral"), "model_type 'mistral'; known: llama, clip"),
+])
+def test_models_that_are_not_llama_1_or_2(tmp_path, change, message):
+    folder = write_hf(tmp_path / "hf", make_llama())
+    edit_json(folder / "config.json", **change)
+    fails(lambda: LLaMA.from_pretrained(folder), "config.json", message)
+
+
+def test_other_broken_configurations(tmp_path):
+    folder = write_hf(tmp_path / "clip", make_vit())
+    edit_json(folder / "config.json", hidden_act="gelu")
+    fails(lambda: VisionTransformer.from_pretrained(folder), "hidden_act 'gelu', expected 'quick_gelu'", "OpenAI")
+    (folder / "config.json").write_text('{"model_type": "clip"')
+    fails(lambda: VisionTransformer.from_pretrained(folder), "config.json: not valid JSON")
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    fails(lambda: VisionTransformer.from_pretrained(folder), "config.json: image_size is missing")
+    folder = write_meta(tmp_path / "meta", make_llama(), n_kv_heads=2)
+    fails(lambda: LLaMA.from_pretrained(folder), "params.json: n_kv_heads 2")
+
+
+# ---------------------------------------------------------------------------------------------------
+# strangers' pickles
+
+class Bomb:
+    """runs a command when it is unpickled"""
+
+    def __init__(self, fuse: Path):
+        self.fuse = fuse
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.fuse}'",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path, protocol):
+    fuse = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Bomb(fuse), protocol))
+    assert fuse.exists()  # so it would have
+    fuse.unlink()
+
+    meta = write_meta(tmp_path / "meta", make_llama())
+    hf = write_hf(tmp_path / "hf", make_llama())
+    (hf / "model.safetensors").unlink()
+    files = {meta / "consolidated.00.pth": lambda: LLaMA.from_pretrained(meta),
+             hf / "pytorch_model.bin": lambda: LLaMA.from_pretrained(hf),
+             tmp_path / "adapters.pth": lambda: weights.read_adapters(tmp_path / "adapters.pth"),
+             tmp_path / "plain.pt": lambda: VisionTransformer.from_pretrained(tmp_path / "plain.pt")}
+    for file, load in files.items():
+        torch.save({"norm.weight": torch.ones(3), "bomb": Bomb(fuse)}, file, pickle_protocol=protocol)
+        fails(load, str(file), *(["refused", "posix.system"] if protocol == 2 else []))
+        file.write_bytes(pickle.dumps(Bomb(fuse), protocol))  # bare, as torch wrote before it used zips
+        fails(load, str(file))
+
+    # inside a TorchScript archive
+    whole = write_openai(tmp_path / "whole.pt", make_vit())
+    with zipfile.ZipFile(whole) as src, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as dst:
+        for name in src.namelist():
+            dst.writestr(name, pickle.dumps(Bomb(fuse), protocol) if name.endswith("/data.pkl") else src.read(name))
+    fails(lambda: VisionTransformer.from_pretrained(tmp_path / "bomb.pt"), "bomb.pt: refused", "posix.system", "official")
+    assert not fuse.exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# adapters
+
+def released_file(path: Path, state: dict, wrapped: bool, **args) -> Path:
+    """as the authors' training script leaves it"""
+    whole = {"model": state, "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+             "epoch": 19, "scaler": {"scale": 65536.0}, "args": argparse.Namespace(output_dir="out", blr=9e-3, betas=(0.9, 0.95), **args)}
+    torch.save(whole if wrapped else state, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix,wrapped", [("", True), ("module.", True), ("", False)])
+def test_released_adapters_round_trip(tmp_path, prefix, wrapped):
+    model = make_lavin(vit_routing="token", tau=5.0, scale=0.5)
+    state = released_state(model, prefix)
+    flags = dict(adapter_scale=0.5, temperature=5.0, prompt_format="CQM-A", use_caption=True)
+    tensors, meta = weights.read_adapters(released_file(tmp_path / "a.pth", state, wrapped, **flags))
+    ours = adapters.trainable(model)
+    assert tensors.keys() == ours.keys() and all(torch.equal(tensors[n], ours[n]) for n in ours)
+    cfg = meta["lavin"]
+    assert (cfg["vit_routing"], cfg["normalize"], cfg["neck_dim"], cfg["adapter"]["dim"]) == ("token", "imagenet", 128, 8)
+    assert meta["llama"] == {"dim": 32, "n_layers": 3} and meta["base"] is None
+    if wrapped:
+        assert (cfg["adapter"]["tau"], cfg["adapter"]["scale"], meta["format"], meta["captions"]) == (5.0, 0.5, "CQM-A", True)
+    else:
+        assert (cfg["adapter"]["tau"], cfg["adapter"]["scale"], meta["format"], meta["captions"]) == (10.0, 1.0, "QCM-ALE", False)
+
+    weights.convert(tmp_path / "a.pth", tmp_path / "a.safetensors")
+    assert weights.read_adapters(tmp_path / "a.safetensors")[1] == meta
+    weights.export_adapters(tmp_path / "a.safetensors", tmp_path / "b.pth")
+    exported = torch.load(tmp_path / "b.pth", weights_only=False)["model"]
+    state = {name.removeprefix(prefix): t for name, t in state.items()}
+    assert exported.keys() == state.keys()
+    for name, t in state.items():
+        assert exported[name].shape == t.shape and torch.equal(exported[name], t), name
+    again, meta_again = weights.read_adapters(tmp_path / "b.pth")
+    assert meta_again == meta and all(torch.equal(again[n], ours[n]) for n in ours)
+
+
+def test_an_imported_adapter_answers_as_the_model_it_came_from(tmp_path):
+    model = make_lavin(vit_routing="token")
+    base = make_lavin(trained=False)
+    for name, tower in zip(("llama", "clip"), make_base(base)):
+        write_hf(tmp_path / name, tower)
+    released_file(tmp_path / "a.pth", released_state(model), True)
+    loaded, meta = lavin.load(tmp_path / "a.pth", tmp_path / "llama", tmp_path / "clip")
+    batch = make_batch(ROWS)
+    assert close(loaded(batch), model(batch)) and not close(loaded(batch), base(batch), 1e-3)
+
+
+def make_base(model: LaVIN) -> tuple[LLaMA, VisionTransformer]:
+    """the frozen LLaMA and ViT inside a LaVIN, on their own"""
+    towers = LLaMA(model.llama.cfg), VisionTransformer(model.vit.cfg)
+    for bare, tower in zip(towers, (model.llama, model.vit)):
+        bare.load_state_dict({n: p for n, p in tower.state_dict().items() if "adapter_" not in n})
+    return towers
+
+
+def test_released_adapters_that_are_not(tmp_path):
+    state = released_state(make_lavin())
+    torch.save({"model": {"norm.weight": torch.ones(3)}}, tmp_path / "other.pth")
+    fails(lambda: weights.read_adapters(tmp_path / "other.pth"), "other.pth: no adapters in it", "LaVIN checkpoint")
+    gone = state.pop("layers.1.adapter_attn.conv_D.weight")
+    state["layers.1.adapter_attn.conv_E.weight"] = gone
+    torch.save(state, tmp_path / "half.pth")
+    fails(lambda: weights.read_adapters(tmp_path / "half.pth"), "missing layers.1.adapter_attn.conv_D.weight",
+          "unexpected layers.1.adapter_attn.conv_E.weight")
+    fails(lambda: weights.read_adapters(tmp_path / "none.pth"), "none.pth: no such adapter file")
+    make_lavin(kind="rep").save(tmp_path / "rep.safetensors", format="QCM-A", captions=False)
+    fails(lambda: weights.export_adapters(tmp_path / "rep.safetensors", tmp_path / "rep.pth"), "rep.safetensors: text-only or plain")
+    assert not (tmp_path / "rep.pth").exists()
+
+
+def test_adapters_and_base_must_fit(tmp_path):
+    model = make_lavin()
+    towers = make_base(model)
+    llama, clip = write_hf(tmp_path / "llama", towers[0]), write_hf(tmp_path / "clip", towers[1])
+    path = tmp_path / "a.safetensors"
+    model.save(path, format="QCM-A", captions=False, max_new_tokens=8)
+    lavin.load(path, llama, clip)
+    # the same base from another layout, in another precision, is the same base
+    meta = write_meta(tmp_path / "meta", towers[0], 2)
+    lavin.load(path, meta, clip, dtype=torch.bfloat16)
+
+    other = write_hf(tmp_path / "other", make_base(make_lavin(seed=1))[0])
+    fails(lambda: lavin.load(path, other, clip), "a.safetensors: trained on another base", "--any_base")
+    lavin.load(path, other, clip, any_base=True)
+    wide = write_hf(tmp_path / "wide", make_llama(dataclasses.replace(LLAMA, dim=64)))
+    fails(lambda: lavin.load(path, wide, clip), "a.safetensors: for a LLaMA of (width, layers) (32, 3)", "(64, 3)", "--llama")
+    # neither passes for the other
+    fails(lambda: lavin.load(llama / "model.safetensors", llama, clip), "not LaVIN adapters")
+    fails(lambda: lavin.load(path, path, clip), "a.safetensors: no such folder of LLaMA weights")
+    (tmp_path / "adapters").mkdir()
+    shutil.copyfile(path, tmp_path / "adapters" / "model.safetensors")
+    fails(lambda: lavin.load(path, tmp_path / "adapters", clip), "put the config.json")
+
+
+# ---------------------------------------------------------------------------------------------------
+# tokenizer
+
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="LLaMA's tokenizer is not beside the repository")
+
+
+def test_tokenizer_of_a_folder(tmp_path):
+    tokenizer = Tokenizer(TOKENIZER)
+    (tmp_path / "7B").mkdir()
+    fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 61), "7B/tokenizer.model: not there, nor one folder up")
+    shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.model")
+    assert Tokenizer.from_pretrained(tmp_path / "7B", tokenizer.vocab_size).encode("a b") == tokenizer.encode("a b")
+    fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 32000), f"tokenizer.model: {tokenizer.vocab_size} pieces, but the "
+          "LLaMA has embeddings for 32000", "tokenizer.model of this LLaMA")
+
+
+@needs_real
+def test_llamas_own_ids():
+    tokenizer = Tokenizer(REAL)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (1, 2, 32000)
+    assert tokenizer.encode("Image: ") == [7084, 29901, 29871]
+    assert tokenizer.encode("Image: N/A") == [7084, 29901, 405, 29914, 29909]
+
+
+@pytest.mark.parametrize("file", [TOKENIZER, pytest.param(REAL, marks=needs_real)])
+def test_streaming_never_shows_half_a_character(file):
+    tokenizer = Tokenizer(file)
+    text = "The sun ☀ is hot, naïve 世界 🙂🙃 — ok"
+    ids = tokenizer.encode(text)
+    halves = sum(tokenizer.decode(ids[:i]).endswith("\ufffd") for i in range(len(ids)))
+    assert halves > 5  # characters that take several tokens are in it
+    pieces = list(tokenizer.stream(ids))
+    assert "".join(pieces) == tokenizer.decode(ids) == text
+    assert not any("\ufffd" in piece for piece in pieces) and len(pieces) > len(text.split())
+    # what is streamed is what is decoded, whatever the ids
+    for seed in range(50):
+        ids = torch.randint(3, tokenizer.vocab_size, (30,), generator=torch.Generator().manual_seed(seed)) % (300 if seed % 2 else 10**6)
+        assert "".join(tokenizer.stream(ids.tolist())) == tokenizer.decode(ids.tolist())
+    assert list(tokenizer.stream([])) == []
+
+
+# ---------------------------------------------------------------------------------------------------
+# commands
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def call(*argv, main=weights.main):
+        monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, argv)])
+        cli.run(main)
+        return capsys.readouterr()
+    return call
+
+
+def test_commands(tmp_path, command, monkeypatch):
+    meta = write_meta(tmp_path / "7B", make_llama(), 2)
+    assert "tokenizer      none: " in command("show", meta)[0]
+    shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.model")
+    with monkeypatch.context() as m:  # show reads no tensor
+        m.setattr(tensorfiles.Mapped, "read", lambda self, open_file, file, name: pytest.fail(f"show reads {name}"))
+        out = command("show", meta)[0]
+    assert "LLaMA, Meta" in out and "dim 32, n_layers 3" in out and f"{tmp_path / 'tokenizer.model'}" in out
+    assert f"{sum(p.numel() for p in make_llama().parameters()):,} in 30 tensors, float32" in out
+    assert command("convert", meta, tmp_path / "hf")[1] == f"wrote {tmp_path / 'hf'}\n"
+    assert "LLaMA, Hugging Face" in command("show", tmp_path / "hf")[0]
+    with pytest.raises(SystemExit, match="hf: exists and is not an empty folder"):
+        command("convert", meta, tmp_path / "hf")
+
+    assert "CLIP, OpenAI" in command("show", write_openai(tmp_path / "ViT.pt", make_vit()))[0]
+    command("convert", tmp_path / "ViT.pt", tmp_path / "vit")
+    out = command("show", tmp_path / "vit")[0]
+    assert "CLIP, Hugging Face" in out and "patch_size 4, width 64, layers 4" in out
+
+    make_lavin().save(tmp_path / "a.safetensors", format="QCM-A", captions=False, max_new_tokens=8)
+    assert "routed by its own [cls]" in command("export", tmp_path / "a.safetensors", tmp_path / "a.pth")[1]
+    out = command("show", tmp_path / "a.pth")[0]
+    assert "LaVIN adapters" in out and '"vit_routing": "token"' in out
+    with pytest.raises(SystemExit, match="no such folder of LLaMA or CLIP weights"):
+        command("show", tmp_path / "none")
+
+
+def test_random_weights_answer(tmp_path, command):
+    """the way to try 7B without official weights, small"""
+    out = tmp_path / "random"
+    command(out, "--llm", "tiny", "--vit", "tiny", "--tokenizer", TOKENIZER, "--shard", 10**6, main=make_random_7b.main)
+    assert len(list((out / "llama").glob("model-*-of-*.safetensors"))) > 2
+    answer, err = command("--llama", out / "llama", "--clip", out / "clip", "--adapters", out / "adapters.safetensors", "--dtype", "bf16",
+                          "--image", ROOT / "tiny" / "demo.png", "--prompt", "What is this?", "--max_new_tokens", 6, main=sample.main)
+    assert answer.strip() and "bfloat16" in err

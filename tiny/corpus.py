@@ -1,0 +1,163 @@
+"""What the tiny LLaMA reads before it ever sees a picture: documents made of words only.
+
+A document is a list of parts (prompt, response), of which only the responses count in the loss; each part is
+tokenised by itself, as data.py does with a sample. Most documents are problems of world.py; where the picture would
+be, a caption stands in words (alt text, half of it telegraphic and in any order: later, six visual tokens must be read
+there). Several questions may follow one scene, each with its own answer: more to learn per token.
+
+Then there are drills of the one step that is hard to discover: looking a word up among lettered options and giving its
+letter. Put to it at once, with "The answer is" between the two, a small model stays at chance for a thousand steps and
+more. Asked for the letter right behind the word it gets it in 200, and keeps it while words and distance grow.
+"""
+import random
+
+from tiny import scenes, world
+
+DRILLED_WORDS = sorted({*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.NUMBERS, *scenes.POSITIONS,
+                        *scenes.RELATIONS, *scenes.PLURAL.values(), *world.PEOPLE, *world.OBJECTS,
+                        *(value for facts in world.FACTS for _, value in facts.pairs())})
+random.Random(0).shuffle(DRILLED_WORDS)
+BETWEEN = ("", ".", ". The", ". The answer", ". The answer is")  # between a word and its letter, easy first
+
+Document = list[tuple[str, str]]
+
+
+def tokens(document: Document, encode, bos: int, eos: int) -> tuple[list[int], list[bool]]:
+    """Token ids, and whether each belongs to a response; every response to a question ends in EOS."""
+    ids, target = [bos], [False]
+    for prompt, answer in document:
+        if prompt.startswith("Image: ") and prompt != "Image: N/A":  # what fills the slot is tokenised by itself
+            head = encode("Image: ")
+            ids, target, prompt = ids + head, target + [False] * len(head), prompt[7:]
+        n = len(encode(prompt))
+        new = encode(prompt + answer) + ([eos] if answer and prompt.startswith("Question:") else [])
+        ids += new
+        target += [False] * n + [True] * (len(new) - n)
+    return ids, target
+
+
+def response(p: dict, with_letter: bool = True) -> str:
+    """The response in format EA, or the solution alone."""
+    return p["solution"] + (f" The answer is {world.LETTERS[p['answer']]}." if with_letter else "")
+
+
+def telegram(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: bool = True) -> str:
+    """The scene in bare words: those of one thing or crowd in any order, of two things each with its place last."""
+    first = scene.things[0]
+    if scene.kind == "many":
+        words = [scenes.NUMBERS[len(scene.things) - 1], first.color, scenes.PLURAL[first.shape]]
+        words += ["small"] * rng.randint(0, 1)
+        return " ".join(rng.sample(words, len(words)))
+    if scene.kind == "one":
+        words = [first.size, first.color, first.shape, scenes.position(scene)]
+        return " ".join(rng.sample(words, len(words)))
+    things = [" ".join(f"{t.size * sizes} {t.color * colors} {t.shape} {where}".split())
+              for t, where in zip(scene.things, scenes.places(scene))]
+    return " ".join(rng.sample(things, 2))  # within a thing the order tells what belongs together, so it is kept
+
+
+class Corpus:
+    """An endless, seeded stream of documents; `closed`: text prompts (those of val and test) that it never utters."""
+
+    def __init__(self, seed: int, closed: set[str]):
+        self.rng = random.Random(f"corpus {seed}")
+        self.letters = world.Letters(self.rng)
+        self.closed = closed
+        self.n_words, self.n_between = 6, 1  # how far the lookup drill has got: words, and entries of BETWEEN
+
+    def document(self, turns: int) -> Document:
+        """The next document: drills until they are mastered and a few ever after, else up to `turns` questions."""
+        if not self.mastered() or self.rng.random() < 0.05:
+            return self.lookup()
+        return self.retrieval() if self.rng.random() < 0.4 else self.questions(turns)
+
+    def questions(self, turns: int) -> Document:
+        dice, n = self.rng.random(), self.rng.randint(1, turns)
+        if dice < 0.40:
+            return self.scene(n, told=False)
+        if dice < 0.55:
+            return self.scene(n, told=True)
+        return self.people(n) if dice < 0.75 else self.facts(n)
+
+    def lookup(self) -> Document:
+        """Options, then several times: a letter and its word, or a word and its letter with more and more between."""
+        words = DRILLED_WORDS[:self.n_words]
+        options = self.rng.sample(words, self.rng.randint(2, 5))
+        parts = [("Image: N/A", ""), ("\nOptions:", "")]
+        for letter, word in zip(world.LETTERS, options):
+            parts += [("", f"({letter})"), (word, "")]  # to expect the next letter, a word must know its own
+        for _ in range(6):
+            i = self.rng.randrange(len(options))
+            between = BETWEEN[self.rng.choice((self.n_between - 1, self.rng.randrange(self.n_between)))]
+            parts.append((f"({world.LETTERS[i]})", f" {options[i]}") if self.rng.random() < 0.3 else
+                         (f"{options[i]}{between}", f" {world.LETTERS[i]}."))
+        return parts
+
+    def mastered(self) -> bool:
+        return (self.n_words, self.n_between) == (len(DRILLED_WORDS), len(BETWEEN))
+
+    def harder(self) -> None:
+        """The next lesson of the lookup drill: first more words, then more between a word and its letter."""
+        if self.n_words < len(DRILLED_WORDS):
+            self.n_words = min(len(DRILLED_WORDS), int(self.n_words * 1.6))
+        else:
+            self.n_between = min(len(BETWEEN), self.n_between + 1)
+
+    def retrieval(self) -> Document:
+        """Two things or a few people in bare words or in full, then the last words of several solutions."""
+        rng, dress = self.rng, self.rng.randrange(3)  # the nearer what belongs together, the easier to find
+        if rng.random() < 0.4:
+            cast = world.random_cast(rng)
+            told = cast.told() if dress else " ".join(f"{p} {t}" for p, t in zip(*cast))
+            asked, hidden = [world.ask_people(rng, cast) for _ in range(6)], ()
+        else:
+            scene = scenes.random_scene(rng, "two")
+            sizes, colors = (True, True) if dress == 2 else rng.choice(((False, False), (True, False), (False, True)))
+            told = scenes.in_words(scene, rng) if dress == 2 and rng.random() < 0.5 else telegram(rng, scene, sizes, colors)
+            asked = world.scene_questions(scene)
+            hidden = ("bigger", "smaller", "size") * (not sizes) + ("color", "shape is the") * (not colors)
+        solutions = sorted({q.solution for q in asked if not any(word in q.text for word in hidden)})
+        parts = [(f"Image: {told}", "")]
+        for solution in rng.sample(solutions, min(2, len(solutions))):  # more would give each other away
+            start, _, answer = solution.rpartition(" ")
+            parts.append((start, f" {answer}"))
+        return parts
+
+    def turn(self, q: world.Question, hint: str, seen: bool) -> tuple[str, str]:
+        """One question with its answer; one in six comes without options. `seen`: a caption is in the image slot."""
+        for _ in range(8):
+            p = world.record(self.rng, self.letters, q, hint, "", "", "")
+            text = world.prompt(p)
+            if seen or text not in self.closed:
+                break
+        else:
+            return "", ""  # every way to ask this is closed
+        if self.rng.random() < 1 / 6:
+            text = text[:text.index("\nOptions:")] + "\nResponse:"
+            return text, response(p, with_letter=False)
+        return text, response(p)
+
+    def scene(self, n: int, told: bool) -> Document:
+        """A scene in words, in the image slot or (told) in the context, and n questions about it."""
+        rng = self.rng
+        scene = scenes.random_scene(rng, rng.choice(("one", "two", "two", "two", "many")))
+        if told:
+            hint, slot = world.scene_in_words(rng, scene), "N/A"
+        else:
+            hint = rng.choice(world.GENERIC_HINTS) if rng.random() < 0.25 else ""
+            slot = scenes.in_words(scene, rng) if rng.random() < 0.5 else telegram(rng, scene)
+        parts = [(f"Image: {slot}", "")]
+        return parts + [self.turn(world.ask_scene(rng, scene), hint, not told) for _ in range(n)]
+
+    def people(self, n: int) -> Document:
+        parts = [("Image: N/A", "")]
+        cast = world.random_cast(self.rng)
+        return parts + [self.turn(world.ask_people(self.rng, cast), cast.told(), False) for _ in range(n)]
+
+    def facts(self, n: int) -> Document:
+        parts = [("Image: N/A", "")]
+        for _ in range(n):
+            facts = self.rng.choice(world.FACTS)
+            q = world.ask_fact(self.rng, facts, *self.rng.choice(facts.pairs()))
+            parts.append(self.turn(q, "", False))
+        return parts

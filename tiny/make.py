@@ -1,0 +1,50 @@
+"""Makes everything that is embedded in tiny/, from nothing: the recipe behind `make demo`.
+
+    python tiny/make.py              all of it; each part goes on where it was stopped
+    python tiny/make.py adapters     only the last part: three seeds of the demo's training, and the text-only model
+
+1. tiny/llama     make_llm.py: a tokenizer and a LLaMA, pretrained on generated text alone
+2. tiny/clip      make_vit.py: a CLIP ViT, pretrained on generated picture-caption pairs with a throw-away text tower
+3. tiny/adapters.safetensors   train.py: what `make demo` trains, seed 0
+
+The figures that this reached, and how long it took, are in the README.
+"""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+
+
+def run(*command: str) -> None:
+    print("$ python", *command, file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def adapters() -> None:
+    """Train the demo's adapters with every seed, and a model without eyes; print what each reached on the test split."""
+    rows = [(f"LaVIN, seed {seed}", f"out/seed{seed}", ["--seed", str(seed)]) for seed in SEEDS]
+    rows.append(("text only, seed 0", "out/text", ["--no-vision", "--adapter", "rep"]))
+    for _, out, flags in rows:
+        run("train.py", "--out", out, *flags)
+    shutil.copy(ROOT / "out/seed0/adapters.safetensors", ROOT / "tiny/adapters.safetensors")
+    problems = json.loads((ROOT / "tiny/data/problems.json").read_text()).values()
+    chance = [100 / len(p["choices"]) for p in problems if p["split"] == "test" and p["image"]]
+    for name, out, _ in rows:
+        columns = json.loads((ROOT / out / "scores.json").read_text())["columns"]
+        print(f"{name:20}" + "  ".join(f"{c} {100 * right / n:.2f}" for c, (right, n) in columns.items()))
+    print(f"chance on IMG: {sum(chance) / len(chance):.2f}")
+
+
+PARTS = {"llama": lambda: run("tiny/make_llm.py"), "clip": lambda: run("tiny/make_vit.py"), "adapters": adapters}
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:] or list(PARTS)
+    unknown = [part for part in wanted if part not in PARTS]
+    if unknown:
+        sys.exit(f"make.py: no part {unknown[0]!r}; parts: {', '.join(PARTS)}")
+    for part in wanted:
+        PARTS[part]()

@@ -1,0 +1,234 @@
+"""The recipe of the tiny LLaMA: tokenizer, pretraining on words alone, and the files in Hugging Face's layout.
+
+    python tiny/make_llm.py        # resumes from --work if a checkpoint is there
+
+Prints, per kind of held-out problem, how often the greedy answer is exactly right; in the place of a picture the model
+is given the scene in words. It learns the format, the facts and to read a scene; what a picture is, it never learns.
+"""
+import argparse
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from llama import LLaMA, LLaMAConfig, Tokenizer  # noqa: E402
+from tiny import corpus, scenes, world  # noqa: E402
+
+VOCAB_SIZE = 1096  # 256 bytes and just enough merges to make every word one piece
+
+
+def train_tokenizer(path: Path) -> None:
+    """LLaMA's kind of sentencepiece model; the marks of the prompt and the option letters are pieces of their own."""
+    stream = corpus.Corpus(0, set())
+    text = [prompt + answer for _ in range(6000) for prompt, answer in stream.questions(3)]
+    words = sorted({word for line in text for word in re.findall(r" ([A-Za-z]+)", line)})
+    starts = [f"\nResponse:{word}" for word in ("The", "Seen", "A", "An")]  # no space before these
+    lines = (words + starts + ["The answer is A. B. C. D. E.", "Is this?"]) * 20  # no word is rare
+    marks = ["▁Image:", "▁Question:", "▁N/A", "\nContext:", "\nOptions:", "\nResponse:"]
+    marks += [f"▁({letter})" for letter in world.LETTERS]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=VOCAB_SIZE, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True, split_digits=True,
+        character_coverage=1.0, user_defined_symbols=marks, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
+        minloglevel=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    split = [word for word in words if len(pieces.encode(word)) > 1]
+    assert not split, f"words that are not one piece: {split}"
+
+
+def initialise(model: LLaMA) -> None:
+    for name, p in model.named_parameters():
+        if "tok_embeddings" in name:
+            torch.nn.init.normal_(p, std=0.2)
+        elif p.ndim == 2:
+            branch = name.endswith(("wo.weight", "w2.weight"))
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 / (math.sqrt(2 * model.cfg.n_layers) if branch else 1))
+    for layer in model.layers:  # keys start as queries: at first, a token looks for its like
+        layer.attention.wk.weight.data.copy_(layer.attention.wq.weight)
+
+
+def batches(stream: corpus.Corpus, tokenizer: Tokenizer, size: int, turns):
+    """Yield (ids, target) [B, T] of about `size` tokens, fewer in drills; documents of up to turns() questions.
+
+    Documents of like length go together, so that little is padded.
+    """
+    while True:
+        pool = [corpus.tokens(stream.document(turns()), tokenizer.encode, tokenizer.bos, tokenizer.eos)
+                for _ in range(128)]
+        pool.sort(key=lambda doc: len(doc[0]))
+        limit = size if stream.mastered() else size * 2 // 5  # many small steps find the trick sooner
+        chunks, chunk = [], []
+        for doc in pool:
+            if chunk and len(doc[0]) * (len(chunk) + 1) > limit:
+                chunks.append(chunk)
+                chunk = []
+            chunk.append(doc)
+        stream.rng.shuffle(chunks)
+        for chunk in chunks:
+            yield pad(chunk)
+
+
+def pad(docs: list) -> tuple[torch.Tensor, torch.Tensor]:
+    T = max(len(ids) for ids, _ in docs)
+    ids = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in docs])
+    return ids, torch.tensor([target + [False] * (T - len(target)) for _, target in docs])
+
+
+def held_out(n: int, seed: int = 1) -> dict[str, list]:
+    """n problems of each kind, from seeds no one trains on; pictures are told in words in the image slot."""
+    rng, kinds = random.Random(f"held out {seed}"), defaultdict(list)
+    letters = world.Letters(rng)
+    while len(kinds) < 27 or min(map(len, kinds.values())) < n:
+        p, scene = world.problem(rng, letters)
+        slots = {p["kind"]: "N/A"}
+        if scene:
+            slots = {p["kind"]: scenes.in_words(scene, rng), p["kind"] + " telegram": corpus.telegram(rng, scene)}
+        for kind, slot in slots.items():
+            if len(kinds[kind]) < n:
+                kinds[kind].append([(f"Image: {slot}", ""), (world.prompt(p), corpus.response(p))])
+    return kinds
+
+
+@torch.no_grad()
+def accuracy(model: LLaMA, tokenizer: Tokenizer, kinds: dict[str, list]) -> dict[str, float]:
+    """Share of problems whose greedy response is the reference, token by token, EOS included.
+
+    Greedy decoding yields the reference exactly when the reference wins at each of its own positions: one forward.
+    """
+    score = {}
+    for kind, docs in kinds.items():
+        ids, target = pad([corpus.tokens(doc, tokenizer.encode, tokenizer.bos, tokenizer.eos) for doc in docs])
+        hit = model.output(model(ids[:, :-1])).argmax(-1) == ids[:, 1:]
+        score[kind] = (hit | ~target[:, 1:]).all(1).float().mean().item()
+    return score
+
+
+def save(model: LLaMA, folder: Path) -> None:
+    """config.json and model.safetensors as Hugging Face lays LLaMA out, in bf16."""
+    c, D = model.cfg, model.cfg.dim // model.cfg.n_heads
+    half_split = lambda w: w.view(c.n_heads, D // 2, 2, c.dim).transpose(1, 2).reshape(c.dim, c.dim)  # rotary pairs
+    names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "attention_norm":
+             "input_layernorm", "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj",
+             "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
+             **{f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}}
+    tensors = {}
+    for name, p in model.state_dict().items():
+        layer = re.match(r"layers\.\d+\.", name)
+        prefix, leaf = (f"model.{layer[0]}", name[layer.end():]) if layer else ("", name)
+        if leaf.startswith(("attention.wq", "attention.wk")):
+            p = half_split(p)
+        tensors[f"{prefix}{names[leaf.removesuffix('.weight')]}.weight"] = p.to(torch.bfloat16).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": c.dim,
+        "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_seq_len, "bos_token_id": 1, "eos_token_id": 2,
+        "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16"}, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="pretrain the tiny LLaMA on text")
+    parser.add_argument("--out", type=Path, default=HERE / "llama", help="where the finished files go")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of the checkpoint and the log")
+    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--decay", type=int, default=1300, help="the last steps, over which the rate falls to 0")
+    parser.add_argument("--tokens", type=int, default=2048, help="about this many per step")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "tokenizer.model").is_file():
+        train_tokenizer(args.out / "tokenizer.model")
+    train(args, Tokenizer(args.out / "tokenizer.model"))
+
+
+def closed_prompts(problems: dict[str, list]) -> set[str]:
+    """Text prompts that no document may contain: those of the world's val and test splits and of our own gate."""
+    closed = set()
+    for split in ("test", "val"):
+        for _ in world.split_problems(0, split, world.SPLITS[split], closed):
+            pass
+    gate = {turn[0] for docs in problems.values() for slot, turn in docs if slot[0] == "Image: N/A"}
+    return gate | {prompt for prompt, picture in closed if picture is None}
+
+
+def train(args, tokenizer: Tokenizer) -> None:
+    cfg = LLaMAConfig(dim=args.dim, n_layers=args.layers, n_heads=args.heads, ffn_dim=32 * round(args.dim / 12),
+                      vocab_size=tokenizer.vocab_size, norm_eps=1e-5, rope_theta=100.0, max_seq_len=256)
+    model = LLaMA(cfg)
+    initialise(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    problems = held_out(64)
+    stream = corpus.Corpus(args.seed, closed_prompts(problems))
+    step, checkpoint = 0, args.work / "llm.pt"
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        stream = corpus.Corpus(args.seed + 1000 * step, stream.closed)  # fresh documents
+        stream.n_words, stream.n_between = state["lesson"]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {step}", flush=True)
+
+    source = batches(stream, tokenizer, args.tokens, lambda: 1 if step > args.steps - args.decay // 2 else 2)
+    letters = torch.tensor([tokenizer.encode(c)[0] for c in world.LETTERS])
+    running, letter, seen, start = 3.0, 3.0, 0, time.time()
+    for step in range(step + 1, args.steps + 1):
+        rate = args.lr * min(1, step / 100, (args.steps - step + 1) / args.decay)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, target = next(source)
+        wanted = ids[:, 1:][target[:, 1:]]  # [N]
+        each = F.cross_entropy(model.output(model(ids[:, :-1])[target[:, 1:]]), wanted, reduction="none")
+        loss = each.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        running += 0.02 * (loss.item() - running)
+        if (named := torch.isin(wanted, letters)).any():
+            letter += 0.02 * (each[named].mean().item() - letter)
+        seen += ids.numel()
+        if letter < 0.4 and not stream.mastered():
+            stream.harder()
+            letter = 0.8
+        if step % 50 == 0:
+            spent = time.time() - start
+            print(f"step {step} loss {running:.3f} letter {letter:.3f} lr {rate:.1e} lesson {stream.n_words} words, "
+                  f"{stream.n_between} between {seen / spent:.0f} tokens/s {spent:.0f} s", flush=True)
+        if step % 500 == 0 or step == args.steps:
+            score = accuracy(model, tokenizer, problems)
+            print(f"mean {sum(score.values()) / len(score):.3f} worst {min(score.values()):.2f} "
+                  + " ".join(f"{k}={v:.2f}" for k, v in sorted(score.items(), key=lambda x: x[1])), flush=True)
+            save(model, args.out)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                     "lesson": (stream.n_words, stream.n_between)}
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+
+if __name__ == "__main__":
+    main()
