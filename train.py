@@ -80,7 +80,7 @@ class Config:
 
 
 RECIPES = {
-    "tiny": dict(format="QCM-EA", normalize="clip", epochs=4.0, warmup=0.2, micro_batch=32, lr=0.048, dropout=0.0,
+    "tiny": dict(format="QCM-EA", normalize="clip", epochs=1.0, warmup=0.06, micro_batch=32, lr=0.02, dropout=0.0,
                  max_len=192, max_new_tokens=24),
     "paper": {},
 }
@@ -171,7 +171,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype)
     llama.checkpoint = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
-    tokenizer = Tokenizer(Path(cfg.llama) / "tokenizer.model")
+    tokenizer = Tokenizer.from_pretrained(cfg.llama, llama.cfg.vocab_size)
     if cfg.max_len > llama.cfg.max_seq_len:
         raise ValueError(f"--max_len {cfg.max_len} is more than this LLaMA's context of {llama.cfg.max_seq_len}")
     torch.manual_seed(cfg.seed)  # every rank starts from the same adapters

@@ -50,9 +50,7 @@ def identify(path: Path, wanted: str = "") -> str:
 def look(path: Path, wanted: str) -> str:
     if path.suffix == ".pt" and path.is_file():
         return "CLIP, OpenAI"
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder of {wanted or 'LLaMA or CLIP'} weights")
-    here = {f.name for f in path.iterdir()}
+    here = {f.name for f in path.iterdir()} if path.is_dir() else set()
     meta = sorted(name for name in here if re.fullmatch(r"consolidated\.\d\d\.pth", name))
     hf = sorted(name for name in here if re.match(r"(pytorch_)?model\b.*\.(safetensors|bin)", name))
     if "params.json" in here and meta:
@@ -70,7 +68,7 @@ def look(path: Path, wanted: str) -> str:
                                 "beside it")
     if len([name for name in here if name.endswith(".pt")]) == 1:
         return "CLIP, OpenAI"
-    raise FileNotFoundError(f"{path}: no {wanted or 'LLaMA or CLIP'} weights here; expected config.json with "
+    raise FileNotFoundError(f"{path}: no such folder of {wanted or 'LLaMA or CLIP'} weights; expected config.json with "
                             "model.safetensors (Hugging Face), params.json with consolidated.00.pth (Meta) or "
                             "ViT-L-14.pt (OpenAI's CLIP)")
 

@@ -252,7 +252,7 @@ def test_the_wrong_folder(tmp_path):
     fails(lambda: LLaMA.from_pretrained(tmp_path / "none"), "none: no such folder of LLaMA weights")
     fails(lambda: LLaMA.from_pretrained(llama / "model.safetensors"), "model.safetensors: no such folder")
     (tmp_path / "empty").mkdir()
-    fails(lambda: LLaMA.from_pretrained(tmp_path / "empty"), "no LLaMA weights here; expected config.json", "params.json", "ViT-L-14.pt")
+    fails(lambda: LLaMA.from_pretrained(tmp_path / "empty"), "no such folder of LLaMA weights; expected config.json", "params.json", "ViT-L-14.pt")
     torch.save({"logit_scale": torch.ones(())}, tmp_path / "text.pt")
     fails(lambda: VisionTransformer.from_pretrained(tmp_path / "text.pt"), "text.pt: no vision transformer in it")
 

@@ -4,7 +4,7 @@
 
 writes problems.json, pid_splits.json and images/<split>/<id>/image.png. A function of the seed alone.
 
-A little more than half of the problems need their picture: the question and the options say nothing about the answer,
+Three in four problems need their picture: the question and the options say nothing about the answer,
 so a model without eyes stays at chance. The others carry the scene in words in their hint, or ask about people and
 their things, or ask for a fact of FACTS, which only the memory of the language model can give. Every solution is one
 sentence that ends in the text of the right option, so in the answer format "EA" ("The circle is red. The answer is B.")
@@ -26,7 +26,7 @@ from tiny import scenes  # noqa: E402
 from tiny.scenes import COLORS, NUMBERS, OPPOSITE, PLURAL, POSITIONS, RELATIONS, SHAPES, SIZES  # noqa: E402
 
 LETTERS = "ABCDE"
-SPLITS = {"test": 1200, "val": 400, "train": 6000}  # test first: whatever it holds is closed to the others
+SPLITS = {"test": 1200, "val": 400, "train": 20000}  # test first: whatever it holds is closed to the others
 PEOPLE = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia", "Max", "Zoe")
 OBJECTS = ("ball", "kite", "book", "cup", "hat", "box", "doll", "bag")
 GENERIC_HINTS = ("The picture shows some shapes.", "Look at the picture.", "Use the picture to answer.")
@@ -238,11 +238,11 @@ def scene_problem(rng: random.Random, letters: Letters, told: bool = False) -> t
 def problem(rng: random.Random, letters: Letters) -> tuple[dict, scenes.Scene | None]:
     """One random problem -> (record, the scene to draw or None)."""
     dice = rng.random()
-    if dice < 0.55:
+    if dice < 0.75:
         return scene_problem(rng, letters)
-    if dice < 0.67:
+    if dice < 0.82:
         return scene_problem(rng, letters, told=True)
-    if dice < 0.80:
+    if dice < 0.89:
         cast = random_cast(rng)
         return record(rng, letters, ask_people(rng, cast), cast.told(), "social science", "culture",
                       "People can own things."), None

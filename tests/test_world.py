@@ -1,0 +1,74 @@
+"""The small world: no leak from test to training, no way to guess a picture's answer from the words, all columns filled."""
+import json
+from collections import Counter
+
+import pytest
+
+import prompts
+import scores
+from conftest import ROOT
+from tiny import world
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world")
+    world.write(out, seed=3, sizes={"test": 300, "val": 60, "train": 900})
+    return out
+
+
+@pytest.fixture(scope="module")
+def splits(folder):
+    return {split: prompts.read_scienceqa(folder, split, "QCM-EA") for split in ("train", "val", "test")}
+
+
+def test_no_problem_comes_twice(splits):
+    seen = [(s.prompt, s.image and s.image.read_bytes()) for samples in splits.values() for s in samples]
+    assert len(seen) == 1260 and len(set(seen)) == len(seen)
+
+
+def test_all_columns_fill(splits):
+    counts = scores.scienceqa(splits["test"], {s.id: "" for s in splits["test"]})["columns"]
+    assert all(n >= 20 for _, n in counts.values()), counts
+    assert 0.6 < counts["IMG"][1] / 300 < 0.85
+    kinds = Counter(s.problem["kind"] for s in splits["train"] if s.image)
+    assert kinds.keys() == {"color", "shape", "count", "position", "size", "relation", "compare"} and min(kinds.values()) > 40
+
+
+def test_solutions_end_in_the_right_option(splits):
+    for s in splits["train"]:
+        p = s.problem
+        assert p["solution"].split()[-1] == p["choices"][p["answer"]] + "."
+        assert len(set(p["choices"])) == len(p["choices"]) and 2 <= len(p["choices"]) <= 5
+        assert s.response == f"{p['solution']} The answer is {'ABCDE'[p['answer']]}."
+
+
+def test_letters_are_balanced(splits):
+    for n in range(2, 6):
+        letters = Counter(s.problem["answer"] for s in splits["train"] if len(s.problem["choices"]) == n)
+        assert max(letters.values()) - min(letters.values()) <= n
+
+
+def test_the_words_of_a_picture_problem_do_not_tell_its_answer(splits):
+    """Whoever answers by what was most often right for such a question in training stays near chance."""
+    often = Counter((s.problem["question"], s.problem["choices"][s.problem["answer"]]) for s in splits["train"] if s.image)
+    asked = [s.problem for s in splits["test"] if s.image]
+    right = sum(max(p["choices"], key=lambda c: often[p["question"], c]) == p["choices"][p["answer"]] for p in asked)
+    chance = sum(1 / len(p["choices"]) for p in asked)
+    assert abs(right - chance) / len(asked) < 0.10  # 160 problems: two and a half standard deviations
+
+
+def test_the_same_seed_gives_the_same_world(folder, tmp_path):
+    world.write(tmp_path, seed=3, sizes={"test": 300, "val": 60, "train": 900})
+    for name in ("problems.json", "pid_splits.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    id = next(i for i, p in json.loads((folder / "problems.json").read_text()).items() if p["image"])
+    for split in ("train", "val", "test"):
+        image = folder / "images" / split / id / "image.png"
+        if image.is_file():
+            assert image.read_bytes() == (tmp_path / "images" / split / id / "image.png").read_bytes()
+
+
+def test_what_is_embedded_is_small():
+    files = [f for f in (ROOT / "tiny").rglob("*") if f.is_file() and "data" not in f.parts and "__pycache__" not in f.parts]
+    assert sum(f.stat().st_size for f in files if f.suffix in (".safetensors", ".model", ".json", ".png")) < 12e6
