@@ -7,7 +7,7 @@ BIN = .venv/bin
 demo: .venv/ready  ## train the adapters on the small world, print Table 1's columns, ask two questions
 	$(BIN)/python train.py
 	$(BIN)/python sample.py --adapters out/adapters.safetensors
-	$(BIN)/python sample.py --adapters out/adapters.safetensors --prompt "What is the opposite of cold? (A) wet (B) old (C) hot"
+	$(BIN)/python sample.py --adapters out/adapters.safetensors --prompt "What is the opposite of hot? (A) wet (B) old (C) cold"
 
 test: .venv/ready-dev  ## all tests, on the CPU, offline
 	$(BIN)/python -m pytest

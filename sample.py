@@ -2,7 +2,7 @@
 
     python sample.py                                                         a demo question about a demo picture
     python sample.py --image x.jpg --prompt "What color is the circle?"      about a picture of yours
-    python sample.py --prompt "What is the opposite of hot? (A) red (B) cold"        text alone, with options
+    python sample.py --prompt "What is the opposite of hot? (A) wet (B) cold"        text alone, with options
     python sample.py --chat --image x.jpg                                    several turns about one picture
     python sample.py --routing                               which expert each layer uses, for text and for pictures
 
@@ -66,6 +66,9 @@ class Conversation:
         """The user's words in the format that the adapters were trained on; "(A) .. (B) .." in them are options."""
         if not text.strip():
             raise ValueError('the prompt is empty; give --prompt "your question"')
+        trained_on = self.meta.get("train", {}).get("data", "")
+        if trained_on and all(source.kind != "scienceqa" for source in prompts.mixture(trained_on)):
+            return prompts.instruct(text.strip(), context)
         question, *options = re.split(r"\s*\([A-E]\)\s*", text.strip())
         return prompts.build_prompt(question, context, options, self.meta["format"])
 
@@ -182,8 +185,10 @@ def main() -> None:
     if cfg.image:
         data.open_image(cfg.image)  # a bad picture is found before the weights are read
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
+    started = time.time()
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base)
-    print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
+    print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
+          f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     conversation = Conversation(model, meta, Tokenizer.from_pretrained(cfg.llama, model.llama.cfg.vocab_size))

@@ -80,7 +80,7 @@ class Config:
 
 
 RECIPES = {
-    "tiny": dict(format="QCM-EA", normalize="clip", epochs=1.0, warmup=0.06, micro_batch=32, lr=0.02, dropout=0.0,
+    "tiny": dict(format="QCM-EA", normalize="clip", epochs=1.0, warmup=0.06, micro_batch=32, lr=0.048, dropout=0.0,
                  max_len=192, max_new_tokens=24),
     "paper": {},
 }

@@ -178,8 +178,10 @@ def test_a_complete_row_ends_and_no_other_changes():
     complete = lambda ids: ids[-1] % 4 == 1 or len(ids) == 9
     ends = [next(i for i in range(12) if complete(ids[: i + 1])) + 1 for ids in whole]
     assert len(set(ends)) > 1 and min(ends) < 9
+    steps = []
+    model.llama.register_forward_hook(lambda *_: steps.append(1))
     seen = list(model.stream(batch, 12, eos=-1, temperature=0.0, complete=complete))
-    assert len(seen) == max(ends)  # and not one step more
+    assert len(seen) == len(steps) == max(ends)  # and not one step more
     assert [[row[b] for row in seen if row[b] is not None] for b in range(4)] == [ids[:n] for ids, n in zip(whole, ends)]
 
 

@@ -29,7 +29,7 @@ def test_demo(ask):
 
 
 def test_text_with_and_without_options(ask):
-    assert ask("--prompt", "What is the opposite of cold? (A) wet (B) old (C) hot")[0] == "The opposite of cold is hot. The answer is C.\n"
+    assert ask("--prompt", "What is the opposite of hot? (A) wet (B) old (C) cold")[0] == "The opposite of hot is cold. The answer is C.\n"
     assert ask("--prompt", "What is the capital of France?")[0].startswith("The capital of France is Paris.")
 
 
@@ -41,10 +41,16 @@ def test_own_picture(ask, tmp_path):
     assert ask("--image", tmp_path / "x.jpg", "--prompt", "What color is the square?")[0].startswith("The square is blue.")
 
 
-def test_chat_keeps_the_picture(ask):
-    out, _ = ask("--chat", "--image", "tiny/demo.png", stdin="What color is the circle?\nWhat color is the square?\n\n")
-    first, second = out.splitlines()
-    assert first.startswith("The circle is red.") and second.startswith("The square is blue.")
+def test_chat_keeps_picture_and_history(ask, monkeypatch):
+    seen = []
+    example = sample.Conversation.example
+    monkeypatch.setattr(sample.Conversation, "example", lambda *a: seen.append(example(*a)) or seen[-1])
+    out, _ = ask("--chat", "--image", "tiny/demo.png", stdin="What color is the circle?\nSeen from the circle, where is the square?\n\n")
+    first, second = seen
+    assert first.n_slots == second.n_slots == 6 and second.ids[:len(first.ids)] == first.ids
+    answered = second.ids[len(first.ids):]
+    assert out.splitlines()[0] == "The circle is red." and len(answered) > 10 and 2 in answered  # its EOS
+    assert len(out.splitlines()) == 2
 
 
 def test_chat_commands(ask, tmp_path):
@@ -57,9 +63,9 @@ def test_chat_commands(ask, tmp_path):
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(ask):
-    question = "What is the opposite of cold? (A) wet (B) old (C) hot"
+    question = "What is the opposite of hot? (A) wet (B) old (C) cold"
     out, err = ask("--chat", stdin=(question + "\n") * 14)
-    assert out.splitlines() == ["The opposite of cold is hot. The answer is C."] * 14
+    assert len(out.splitlines()) == 14 and out.splitlines()[0] == "The opposite of hot is cold. The answer is C."
     assert "of the oldest turns forgotten" in err
 
 

@@ -144,7 +144,7 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
     assert fails(monkeypatch, ["--batch_size", "many"]) == "2" and "invalid int value" in capsys.readouterr().err
     run(monkeypatch, flags(small_world, tmp_path / "r", steps=1))
     text = fails(monkeypatch, [*flags(small_world, tmp_path / "r", lr=0.5), "--resume"])
-    assert "the checkpoint was trained with --lr 0.02, not 0.5" in text
+    assert "the checkpoint was trained with --lr 0.048, not 0.5" in text
     (tmp_path / "r/checkpoint.pt").write_bytes(b"not a checkpoint")
     assert "not a readable checkpoint" in fails(monkeypatch, [*flags(small_world, tmp_path / "r"), "--resume"])
 
