@@ -214,4 +214,4 @@ def test_dry_run_prices_a_folder_on_its_own_data(monkeypatch, capsys, tmp_path):
     world.write(tmp_path, seed=5, sizes={"test": 4, "val": 4, "train": 12})
     here = ["--llama", str(ROOT / "tiny/llama"), "--clip", str(ROOT / "tiny/clip"), "--data", str(tmp_path)]
     out, _ = run(monkeypatch, capsys, train.main, "--dry_run", *here)
-    assert "58,980 train" in out and f"4 x 12 problems as in {tmp_path}" in out
+    assert "58,980 train" in out and f"1 x 12 problems as in {tmp_path}" in out
