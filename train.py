@@ -189,6 +189,22 @@ def report_bad_loss(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
                          "last checkpoint: --resume with a lower --lr (a new run) or --clip_grad 1, or look at these samples")
 
 
+def test(cfg: Config, model: LaVIN, tokenizer: Tokenizer, samples: list, rank: int, ranks: int) -> None:
+    """Answer the problems, each rank a share; write predictions.json and scores.json, print the nine columns."""
+    texts = answers.answer(model.eval(), tokenizer, samples[rank::ranks], cfg.max_new_tokens, progress=rank == 0,
+                           until=scores.ANSWER)  # behind the letter the score is decided
+    parts = [texts]
+    if ranks > 1:
+        parts = [None] * ranks
+        dist.all_gather_object(parts, texts)
+    if rank == 0:
+        texts = {id: text for part in parts for id, text in part.items()}
+        (Path(cfg.out) / "predictions.json").write_text(json.dumps(texts, indent=0))
+        result = scores.scienceqa(samples, texts)
+        (Path(cfg.out) / "scores.json").write_text(json.dumps(result))
+        print(scores.scienceqa_table(result))
+
+
 def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
     main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if main else (lambda *a: None)
@@ -261,21 +277,9 @@ def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
                    max_new_tokens=cfg.max_new_tokens, train=dataclasses.asdict(cfg))
         say(f"wrote {out / 'adapters.safetensors'}")
 
-    # evaluation, each rank a share of the problems
     if tests:
-        texts = answers.answer(model.eval(), tokenizer, tests[rank::ranks], cfg.max_new_tokens, progress=main,
-                               until=scores.ANSWER)  # behind the letter the score is decided
-        parts = [texts]
-        if ranks > 1:
-            parts = [None] * ranks
-            dist.all_gather_object(parts, texts)
-        if main:
-            texts = {id: text for part in parts for id, text in part.items()}
-            (out / "predictions.json").write_text(json.dumps(texts, indent=0))
-            result = scores.scienceqa(tests, texts)
-            (out / "scores.json").write_text(json.dumps(result))
-            say(f"{cfg.split} split of {tested.path}, {len(tests)} problems:")
-            print(scores.scienceqa_table(result))
+        say(f"answering the {cfg.split} split of {tested.path}, {len(tests)} problems")
+        test(cfg, model, tokenizer, tests, rank, ranks)
 
 
 def main() -> None:
