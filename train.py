@@ -35,7 +35,7 @@ from llama import LLaMA, Tokenizer
 
 @dataclass
 class Config:
-    """Train LaVIN's adapters. Without arguments: the embedded small world, about two minutes on a laptop."""
+    """Train LaVIN's adapters. Without arguments: the embedded small world, a few minutes on a laptop."""
     recipe: str = "tiny"  # defaults of the others: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights
