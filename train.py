@@ -300,6 +300,8 @@ def main() -> None:
         dist.barrier()  # the data are there
     try:
         train(cfg, rank, ranks, device, dtype)
+        if ranks > 1:
+            dist.barrier()  # nobody leaves while another still talks: gloo would abort
     finally:
         if ranks > 1:
             dist.destroy_process_group()
