@@ -6,6 +6,7 @@ untrained one is exactly the identity, and a trained one is one affine map per m
 
 Shapes: B samples, T tokens, d width of the host model, r hidden width of the adapter (8).
 """
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -28,42 +28,84 @@ class AdapterConfig:
     dropout: float = 0.1  # on the hidden
 
 
+class Recompute(torch.autograd.Function):
+    """Keep the arguments of f for the backward, and there work f out again, this time with a graph.
+
+    What torch.utils.checkpoint does, less its generality, which takes longer than our small regions do.
+    """
+
+    @staticmethod
+    def forward(ctx, f, n, *args):  # n arguments of f, then the parameters that it uses
+        ctx.f, ctx.n = f, n
+        ctx.plain = [None if isinstance(a, torch.Tensor) else (a,) for a in args]
+        ctx.save_for_backward(*(a for a in args if isinstance(a, torch.Tensor)))
+        ctx.device = args[0].device.type
+        ctx.autocast = torch.is_autocast_enabled(ctx.device)
+        return f(*args[:n])
+
+    @staticmethod
+    def backward(ctx, d):
+        saved, needs = iter(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        args = [next(saved) if a is None else a[0] for a in ctx.plain]
+        for i, a in enumerate(args[:ctx.n]):  # cut from what made them; parameters are leaves anyhow
+            args[i] = a.detach().requires_grad_(needs[i]) if isinstance(a, torch.Tensor) else a
+        with torch.enable_grad(), torch.autocast(ctx.device, torch.bfloat16, enabled=ctx.autocast):
+            # views, since torch's FLOP counter can't bear a leaf as a module's input
+            y = ctx.f(*(a.view_as(a) if need else a for a, need in zip(args[:ctx.n], needs)))
+        wanted = [a for a, need in zip(args, needs) if need]
+        grads = iter(torch.autograd.grad(y, wanted, d, allow_unused=True))  # LLaMA routes elsewhere: f_w is unused here
+        return None, None, *(next(grads) if need else None for need in needs)
+
+
 def recompute(f, *args):
-    """f(*args), keeping its arguments for the backward instead of what happens inside f.
+    """f(*args), keeping the arguments (args[0] is a tensor) for the backward instead of what happens inside f.
 
     For norms, adapters and activations, whose products are large beside the time it takes to make them again.
     """
     if not torch.is_grad_enabled():
         return f(*args)
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)  # our only noise is `survives`
+    owner = getattr(f, "__self__", f)  # f is a module, a method of one, or a function
+    if recompute.fused:  # the compiler sees by itself what is cheaper made again than kept
+        method = isinstance(owner, nn.Module)
+        return fused(type(f).forward if owner is f else f.__func__)(owner, *args) if method else fused(f)(*args)
+    params = [p for p in owner.parameters() if p.requires_grad] if isinstance(owner, nn.Module) else []
+    return Recompute.apply(f, len(args), *args, *params)
+
+
+recompute.fused = False  # --compile
+
+
+@functools.cache
+def fused(f):
+    """f as a few kernels, compiled once for all layers and lengths"""
+    return torch.compile(f, dynamic=True)
 
 
 # splitmix64 (Steele, Lea and Flood, 2014): the n-th number of a seed's stream, without those before it
 GOLDEN, MIX_1, MIX_2 = (x - 2 ** 64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
 
 
-def token_noise(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """A sample's seed and a token's position (int64 of like shape) -> where that token's stretch of numbers begins."""
-    return seed + GOLDEN * (position << 20)
+def survivors(seeds: torch.Tensor, positions: torch.Tensor, cfg: "AdapterConfig", first: int, layers: int
+              ) -> list[torch.Tensor | None]:
+    """Dropout's mask [.., r] for each of `layers` adapters, the first of which is number `first` of the whole model.
 
-
-def survives(noise: torch.Tensor, salt: int, r: int, p: float) -> torch.Tensor:
-    """Dropout's mask [.., T, r]: each unit is dropped with probability p.
-
-    A function of (sample's seed, position, layer, unit): which ranks and micro-batches a step is spread over, resuming,
-    and working it out a second time for the backward, all change nothing.
+    seeds, positions (int64, of like shape): of the sample that a token belongs to, and of the token in it. A unit is
+    dropped with probability p by a function of (seed, position, layer, unit): which ranks and micro-batches a step is
+    spread over, resuming, and working it out a second time for the backward, all change nothing.
     """
-    x = noise[..., None] + GOLDEN * (salt * r + torch.arange(r, device=noise.device))  # [.., T, r]
+    if cfg.dropout == 0:
+        return [None] * layers
+    unit = torch.arange(first * cfg.dim, (first + layers) * cfg.dim, device=seeds.device).view(layers, cfg.dim)
+    x = seeds + GOLDEN * (positions << 20)  # where that token's stretch of numbers begins
+    x = x[..., None] + GOLDEN * unit.view(layers, *[1] * x.ndim, cfg.dim)  # [layers, .., r]
     x = (x ^ (x >> 30)) * MIX_1
     x = (x ^ (x >> 27)) * MIX_2
-    return ((x ^ (x >> 31)) & 0xFFFFFF) >= p * 2 ** 24
+    return list((((x ^ (x >> 31)) & 0xFFFFFF) >= cfg.dropout * 2 ** 24))
 
 
-def drop(h: torch.Tensor, noise: torch.Tensor | None, salt: int, p: float) -> torch.Tensor:
-    """dropout on h [.., T, r]; none without noise, which is there in training only"""
-    if noise is None or p == 0:
-        return h
-    return h * survives(noise, salt, h.shape[-1], p) / (1 - p)
+def drop(h: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
+    """dropout on h [.., T, r], in training only"""
+    return h if keep is None else h * keep / (1 - p)
 
 
 class GroupedLinear(nn.Module):
@@ -96,24 +138,24 @@ class RepAdapter(nn.Module):
     The released code's plain option lost this residual and the scale; both are here.
     """
 
-    def __init__(self, d: int, cfg: AdapterConfig, salt: int = 0):
+    def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
-        self.scale, self.p, self.salt = cfg.scale, cfg.dropout, salt
+        self.cfg, self.scale, self.p = cfg, cfg.scale, cfg.dropout
         self.phi_d = down_projection(d, cfg.dim)
         self.phi_u = GroupedLinear(cfg.dim, d)
 
-    def forward(self, z: torch.Tensor, w: None = None, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, w: None = None, keep: torch.Tensor | None = None) -> torch.Tensor:
         """z [B, T, d] -> [B, T, d]; w is there so that a block need not know which adapter it holds"""
-        h = drop(self.phi_d(z), noise, self.salt, self.p)  # [B, T, r]
+        h = drop(self.phi_d(z), keep, self.p)  # [B, T, r]
         return z + self.scale * F.linear(h, self.phi_u.dense(), self.phi_u.bias)
 
 
 class MMAdapter(nn.Module):
     """Mixture-of-modality adapter: two RepAdapters that share phi_d, mixed by routing weights w."""
 
-    def __init__(self, d: int, cfg: AdapterConfig, salt: int = 0):
+    def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
-        self.scale, self.tau, self.p, self.salt = cfg.scale, cfg.tau, cfg.dropout, salt
+        self.cfg, self.scale, self.tau, self.p = cfg, cfg.scale, cfg.tau, cfg.dropout
         self.phi_d = down_projection(d, cfg.dim)
         self.phi_u1 = GroupedLinear(cfg.dim, d)
         self.phi_u2 = GroupedLinear(cfg.dim, d)
@@ -124,9 +166,9 @@ class MMAdapter(nn.Module):
         # Eq. (3), second line: w = f_w(t_m) = softmax((t_m W_m + b_m) / tau)
         return torch.softmax(self.f_w(t).float() / self.tau, dim=-1)
 
-    def forward(self, z: torch.Tensor, w: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """z [B, T, d], w [B or 1, T or 1, 2], noise [B, T] of `token_noise`, None without dropout -> [B, T, d]"""
-        h = drop(self.phi_d(z), noise, self.salt, self.p)  # [B, T, r]; one mask for both experts
+    def forward(self, z: torch.Tensor, w: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """z [B, T, d], w [B or 1, T or 1, 2], keep [B, T, r] of `survivors`, None without dropout -> [B, T, d]"""
+        h = drop(self.phi_d(z), keep, self.p)  # [B, T, r]; one mask for both experts
         w = w.to(h.dtype).expand(*h.shape[:-1], 2)  # [B, T, 2]
         # Eq. (3), first line: router(f_a1(Z), f_a2(Z); w) = w_0 f_a1(Z) + w_1 f_a2(Z)
         # w_0 (U1 h + b1) + w_1 (U2 h + b2) = [U1 U2 b1 b2] [w_0 h, w_1 h, w_0, w_1]: one product, and
@@ -137,12 +179,12 @@ class MMAdapter(nn.Module):
         return z + self.scale * F.linear(hw, up)  # Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m))
 
 
-def new_adapter(d: int, cfg: AdapterConfig, salt: int = 0) -> nn.Module:
+def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
     """the LLaMA adapter that cfg.kind names; ValueError lists the known kinds"""
     kinds = {"mm": MMAdapter, "rep": RepAdapter}
     if cfg.kind not in kinds:
         raise ValueError(f"unknown adapter kind {cfg.kind!r}; known: {', '.join(kinds)}")
-    return kinds[cfg.kind](d, cfg, salt)
+    return kinds[cfg.kind](d, cfg)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import weights
-from adapters import recompute, token_noise
+from adapters import recompute, survivors
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.adapter_attn = None  # an MMAdapter, once LaVIN puts it here
         self.routing = "cls"
 
-    def adapted(self, x, noise):
+    def adapted(self, x, keep):
         z = self.ln_1(x)
         if self.adapter_attn is None:
             return z
@@ -95,10 +95,10 @@ class Block(nn.Module):
         # here: each picture by its own [cls], which the authors say they meant; "token" equals the released
         # code run one picture at a time, for adapters that were trained with it.
         t = z[:, :1] if self.routing == "cls" else z
-        return self.adapter_attn(z, self.adapter_attn.route(t), noise)
+        return self.adapter_attn(z, self.adapter_attn.route(t), keep)
 
-    def forward(self, x, noise=None):
-        x = x + self.attn(recompute(self.adapted, x, noise))  # what is kept for the backward: see llama.Block
+    def forward(self, x, keep=None):
+        x = x + self.attn(recompute(self.adapted, x, keep))  # what is kept for the backward: see llama.Block
         return x + self.mlp(recompute(self.ln_2, x))
 
 
@@ -133,10 +133,13 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images.type_as(self.conv1.weight)).flatten(2).transpose(1, 2)  # [N, T - 1, C]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [N, T, C]
         x = self.ln_pre(x + self.positional_embedding)
-        noise = None if seeds is None else token_noise(seeds[:, None], torch.arange(x.shape[1], device=x.device))
+        blocks, keep = self.transformer.resblocks, [None] * self.cfg.layers
+        if seeds is not None and blocks[0].adapter_attn is not None:
+            position = torch.arange(x.shape[1], device=x.device)
+            keep = survivors(seeds[:, None], position[None], blocks[0].adapter_attn.cfg, 1000, len(blocks))
         cls = []
-        for i, block in enumerate(self.transformer.resblocks, start=1):
-            x = block(x, noise)
+        for i, block in enumerate(blocks, start=1):
+            x = block(x, keep[i - 1])
             if i % self.cfg.cls_every == 0:
                 cls.append(x[:, 0])  # before ln_post, without the output projection
         return torch.stack(cls, dim=1)

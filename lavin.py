@@ -84,14 +84,14 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama, self.vit = cfg, llama, vit if cfg.vision else None
         d = llama.cfg.dim
-        for i, layer in enumerate(llama.layers):
-            layer.adapter_attn = adapters.new_adapter(d, cfg.adapter, salt=i)
+        for layer in llama.layers:
+            layer.adapter_attn = adapters.new_adapter(d, cfg.adapter)
         if cfg.adapter.kind == "mm":
             self.adapter_modality_embedding = nn.Embedding(2, d)  # E_m, N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, d)
-            for i, block in enumerate(vit.transformer.resblocks if cfg.vit_adapters else ()):
-                block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter, salt=1000 + i)
+            for block in vit.transformer.resblocks if cfg.vit_adapters else ():
+                block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routing = cfg.vit_routing
         self.folded = {}  # modality -> wq, wk, wv of every layer, see fold
         adapters.freeze_base(self)

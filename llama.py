@@ -18,9 +18,10 @@ from typing import Iterable, Iterator
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import weights
-from adapters import recompute, token_noise
+from adapters import recompute, survivors
 
 
 @dataclass
@@ -137,14 +138,14 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.adapter_attn = None  # an MMAdapter or a RepAdapter, once LaVIN puts it here
 
-    def adapted(self, x, w, noise):
+    def adapted(self, x, w, keep):
         z = self.attention_norm(x)
-        return z if self.adapter_attn is None else self.adapter_attn(z, w, noise)  # Eq. (2); the residual x is untouched
+        return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)  # Eq. (2); the residual x is untouched
 
-    def forward(self, x, w, rope, noise=None, lengths=None, positions=None, cache=None, mask=None):
+    def forward(self, x, w, rope, keep=None, lengths=None, positions=None, cache=None, mask=None):
         # frozen products keep nothing for the backward, and what `recompute` covers is cheap to work out again; so a
         # training step keeps x, q, k, v, attention's output and log-sums, x again, gate and up
-        x = x + self.attention(recompute(self.adapted, x, w, noise), rope, lengths, positions, cache, mask)
+        x = x + self.attention(recompute(self.adapted, x, w, keep), rope, lengths, positions, cache, mask)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
@@ -178,12 +179,14 @@ class LLaMA(nn.Module):
         elif cache is not None:  # a query sees the slots up to its own position
             mask = (torch.arange(cache.k.shape[2], device=x.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
         rope = rope_table(positions, C // self.cfg.n_heads, self.cfg.rope_theta)
-        noise = None if seeds is None else token_noise(seeds, positions)
+        keep = [None] * len(self.layers)
+        if seeds is not None:
+            keep = survivors(seeds, positions, self.layers[0].adapter_attn.cfg, 0, len(self.layers))
         for i, layer in enumerate(self.layers):
             w = None if routing is None else routing[i]
             kv = None if cache is None else (cache.k[i], cache.v[i])
-            args = x, w, rope, noise, lengths, positions, kv, mask
-            x = recompute(layer, *args) if self.checkpoint else layer(*args)
+            args = x, w, rope, keep[i], lengths, positions, kv, mask
+            x = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if self.checkpoint else layer(*args)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:

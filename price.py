@@ -109,9 +109,9 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         # forward Q K' and P V; backward Q K' again, then the gradients of P, V, Q, K: seven products of 2 S^2 d, of which
         # half lies under the causal mask
         "attention": (14 if in_full else 7) * L * d * load.squares,
-        # forward, and the gradients of input and weights; the backward makes the hidden again, but stops short of its use.
-        # Without a picture nothing before the first block trains, so its input needs no gradient
-        "adapters": d * load.tokens * (L * (8 * down + 6 * up) - 2 * down * (not load.pictures)),
+        # forward, once more in the backward, and the gradients of input and weights. Without a picture nothing before the
+        # first block trains, so its input needs no gradient
+        "adapters": d * load.tokens * (L * 8 * (down + up) - 2 * down * (not load.pictures)),
         # t_m, both of them, once a forward through all but the attention matrix (v, o, the FFN; kept for the backward), and
         # the routers' [d, 2] products. Behind the last router nothing has a gradient
         "modality tokens": load.forwards * 2 * (12 * L * d + 2 * (3 * L - 2) * d * (down + up) +
@@ -131,7 +131,7 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         h = model.cfg.neck_dim
         lines["adapters"] += load.pictures * n * (6 * h * d + (6 if joint else 4) * C * h)
         if joint:  # as in LLaMA, and a router on [cls]; before the first block there is nothing to send a gradient to
-            lines["adapters"] += load.pictures * C * (v.layers * ((8 * down + 6 * up) * t + 16) - 2 * down * t - 4)
+            lines["adapters"] += load.pictures * C * (v.layers * (8 * (down + up) * t + 16) - 2 * down * t - 4)
     return lines
 
 

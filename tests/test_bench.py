@@ -1,4 +1,5 @@
 """What price.py predicts is what happens, and bench.py runs. No test asserts a time."""
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -145,6 +146,21 @@ def test_checkpointing_changes_no_gradient():
         ours.model(ours.batch(PROBLEMS)).backward()
         grads.append({n: p.grad for n, p in trainable(ours.model).items()})
     assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
+def test_compiled_regions_change_no_gradient(monkeypatch):
+    """--compile, but for the last stage, which would write and compile C++ for minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    grads = []
+    for compiled in (False, True):
+        monkeypatch.setattr(adapters.recompute, "fused", compiled)
+        torch.manual_seed(0)
+        ours = tiny()
+        ours.model(ours.batch(PROBLEMS)).backward()
+        grads.append({n: p.grad for n, p in trainable(ours.model).items()})
+    assert all(torch.allclose(grads[0][n], grads[1][n], rtol=1e-4, atol=1e-6) for n in grads[0])
+    assert adapters.fused.cache_info().currsize >= 5  # norms of both kinds, adapters of both, activations of both
+    adapters.fused.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -202,14 +202,14 @@ def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):
 
 def test_dropout_is_a_function_of_seed_position_layer_and_unit():
     seeds, positions = torch.arange(200)[:, None] * 7919, torch.arange(50)[None]
-    keep = adapters.survives(adapters.token_noise(seeds, positions), 3, 8, 0.1)
+    masks = lambda seeds, positions: adapters.survivors(seeds, positions, AdapterConfig(dim=8, dropout=0.1), 3, 2)
+    keep, other_layer = masks(seeds, positions)
     assert abs(keep.float().mean().item() - 0.9) < 0.003
     for dim in range(3):  # no token, sample or unit is treated unlike the others
         others = tuple({0, 1, 2} - {dim})
         means = keep.float().mean(others)
         assert (means - 0.9).abs().max() < 5 * (0.09 * len(means) / keep.numel()) ** 0.5
-    assert torch.equal(keep[5:9, 10:12], adapters.survives(adapters.token_noise(seeds[5:9], positions[:, 10:12]), 3, 8, 0.1))
-    other_layer = adapters.survives(adapters.token_noise(seeds, positions), 4, 8, 0.1)
+    assert torch.equal(keep[5:9, 10:12], masks(seeds[5:9], positions[:, 10:12])[0])
     assert abs((keep & other_layer).float().mean().item() - 0.81) < 0.005  # independent
 
 
