@@ -106,7 +106,8 @@ def load_torch(file: Path, mmap: bool = False, allow: tuple[type, ...] = ()):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL:? ([\w.]+)", str(e))
-        raise refused(file, found[1]) if found else damaged(file, "no tensors in torch's format") from None
+        raise refused(file, found[1]) if found else ValueError(
+            f"{file}: refused, it is damaged or made of more than tensors; get it from its official source") from None
     except Exception as e:  # cut files end in RuntimeError, EOFError, OSError, ...
         raise damaged(file, e) from None
 
