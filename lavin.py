@@ -93,7 +93,7 @@ class LaVIN(nn.Module):
             for i, block in enumerate(vit.transformer.resblocks if cfg.vit_adapters else ()):
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter, salt=1000 + i)
                 block.routing = cfg.vit_routing
-        self.folded = {}  # modality -> wq, wk, wv of every layer, see fold
+        self.folded = {}  # modality -> wqkv of every layer, see fold
         adapters.freeze_base(self)
 
     @property
@@ -158,7 +158,7 @@ class LaVIN(nn.Module):
         """Fold LLaMA's adapters into the projections behind them, for answering in these modalities only.
 
         In LLaMA the routing weights are constants of the modality, so an adapter is one affine map for each, and costs
-        nothing any more; a second modality costs a second set of wq, wk, wv. The ViT's adapters are routed by each
+        nothing any more; a second modality costs a second set of those. The ViT's adapters are routed by each
         picture's own [cls]: no constant map to fold there. Not to be trained or saved afterwards.
         """
         with self.autocast():
@@ -167,17 +167,17 @@ class LaVIN(nn.Module):
         for i, layer in enumerate(self.llama.layers):
             a = layer.attention
             for k, m in enumerate(modalities):
-                self.folded[m].append([adapters.fold(x, layer.adapter_attn, None if w is None else w[i, k]) for x in (a.wq, a.wk, a.wv)])
-            layer.adapter_attn = None
-            a.wq, a.wk, a.wv = self.folded[modalities[0]][i]  # layer by layer, or both sets would fill the memory at once
+                self.folded[m].append(adapters.fold([a.wq, a.wk, a.wv], layer.adapter_attn, None if w is None else w[i, k]))
+            layer.adapter_attn = a.wq = a.wk = a.wv = None  # layer by layer, or both sets would fill the memory at once
+        self.enter(modalities[0])
         return self
 
     def enter(self, modality: int) -> None:
         """put one modality's folded projections to work"""
         if modality not in self.folded:
             raise ValueError(f"folded for modalities {list(self.folded)}, asked in {modality}; fold for both")
-        for layer, qkv in zip(self.llama.layers, self.folded[modality]):
-            layer.attention.wq, layer.attention.wk, layer.attention.wv = qkv
+        for layer, wqkv in zip(self.llama.layers, self.folded[modality]):
+            layer.attention.wqkv = wqkv
 
     def stream(self, batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
                seed: int = 0, complete: Callable[[list[int]], bool] | None = None) -> Iterator[list[int | None]]:
@@ -188,9 +188,10 @@ class LaVIN(nn.Module):
         same random number at a step, so it does not matter who its neighbours are. temperature 0 is greedy. ValueError
         if a prompt does not fit the context.
         """
-        room = self.llama.cfg.max_seq_len - int(batch.lengths.max())
+        longest = int(batch.lengths.max())
+        room = self.llama.cfg.max_seq_len - longest
         if room < 1:
-            raise ValueError(f"the prompt has {int(batch.lengths.max())} tokens; this LLaMA's context holds "
+            raise ValueError(f"the prompt has {longest} tokens; this LLaMA's context holds "
                              f"{self.llama.cfg.max_seq_len}, answer included")
         max_new_tokens = min(max_new_tokens, room)
         if self.folded:
@@ -208,7 +209,7 @@ class LaVIN(nn.Module):
         for i in range(max_new_tokens):
             with torch.inference_mode(), self.autocast():  # never across a yield: both are states of the whole thread
                 if i:
-                    h = self.llama(token[:, None], w, batch.lengths[:, None] + i - 1, cache=cache)[:, 0]
+                    h = self.llama(token[:, None], w, batch.lengths[:, None] + i - 1, cache=cache, filled=longest + i)[:, 0]
                 # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
                 token = pick(self.llama.output(h).float(), temperature, top_p, random)  # [B]
             ids = token.tolist()

@@ -89,6 +89,32 @@ def test_several_tokens_behind_a_filled_cache(lavin):
     assert close(rest, whole[:, 4:])
 
 
+def test_a_step_reads_the_filled_slots_alone(lavin):
+    """one row without a mask, several with one; what lies behind is never touched"""
+    ids = torch.randint(0, LLAMA.vocab_size, (2, 9))
+    with torch.no_grad():
+        w = lavin.routing(torch.tensor([[0], [1]]))
+        whole = lavin.llama(ids, w)
+        for rows in (slice(0, 1), slice(0, 2)):
+            B = len(ids[rows])
+            cache = KVCache(LLAMA, B, 16)
+            cache.k[..., 9:, :] = cache.v[..., 9:, :] = float("nan")
+            lavin.llama(ids[rows, :6], w[:, rows], cache=cache)
+            for t in range(6, 9):
+                h = lavin.llama(ids[rows, t: t + 1], w[:, rows], torch.full((B, 1), t), cache=cache, filled=t + 1)
+                assert close(h[:, 0], whole[rows, t])
+
+
+def test_few_rows_by_halves_equal_the_plain_product():
+    for size, bias in ((600, False), (512, True)):
+        linear = llama.Linear(512, size, bias)
+        for rows in (1, 2, 4, 5):
+            x = torch.randn(rows, 1, 512)
+            with torch.inference_mode():
+                y = linear(x)
+            assert y.shape == (rows, 1, size) and close(y, F.linear(x, linear.weight, linear.bias).detach())
+
+
 def teacher_forced(model, row, n):
     """greedy answer by running the whole sequence anew for every token"""
     ids, answer = list(row[0]), []
@@ -127,6 +153,7 @@ def test_folded_equals_unfolded(kind):
     """Structural re-parameterisation: no adapter left in LLaMA, the same logits in both modalities."""
     model, folded = make_lavin(kind=kind, scale=0.7, tau=3.0), make_lavin(kind=kind, scale=0.7, tau=3.0).fold(0, 1)
     assert all(layer.adapter_attn is None for layer in folded.llama.layers)
+    assert not any(n.endswith(("wq.weight", "wk.weight", "wv.weight")) for n, _ in folded.named_parameters())  # gone
     for rows in ([r for r in ROWS if r[2]], [r for r in ROWS if not r[2]]):
         batch = make_batch(rows)
         folded.enter(int(rows[0][2]))
