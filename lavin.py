@@ -122,12 +122,19 @@ class LaVIN(nn.Module):
         The ViT sees only the pictures that exist (the released code runs a black one for every text sample).
         """
         z = self.llama.tok_embeddings(batch.tokens)
-        if batch.images is None:
+        if not len(batch.slots):
             return z
-        first = batch.slots.view(len(batch.images), -1)[:, 0]  # [N]
-        x = self.adapter_proj(self.vit(batch.images, self.seeds(batch, first)))  # [N, n, C]
+        x = self.look(batch) if batch.seen is None else batch.seen
         # Eq. (7): Z = [t_m, X', Y] with a picture, [t_m, Y] without; t_m runs beside it, see LLaMA.route
         return z.flatten(0, 1).index_copy(0, batch.slots, x.flatten(0, 1).to(z.dtype)).view_as(z)
+
+    def look(self, batch) -> torch.Tensor:
+        """X' of each sample that shows a picture [.., n, C]. What several samples show, is encoded once; in training
+        for each of them, because dropout is the sample's own."""
+        seeds = self.seeds(batch, batch.slots.view(len(batch.shows), -1)[:, 0])
+        if seeds is not None:
+            return self.adapter_proj(self.vit(batch.images[batch.shows], seeds))
+        return self.adapter_proj(self.vit(batch.images))[batch.shows]
 
     def seeds(self, batch, where=slice(None)) -> torch.Tensor | None:
         """for dropout, the seed of the sample that each of these tokens belongs to; None when not training"""

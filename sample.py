@@ -60,7 +60,7 @@ class Conversation:
             raise ValueError("these adapters are text-only (trained with --no-vision); leave out the picture")
         if image:
             data.open_image(image)
-        self.image, self.turns = Path(image) if image else None, []
+        self.image, self.seen, self.turns = Path(image) if image else None, None, []
 
     def wrap(self, text: str, context: str) -> str:
         """The user's words in the format that the adapters were trained on; "(A) .. (B) .." in them are options."""
@@ -91,7 +91,11 @@ class Conversation:
         """Yield the answer piece by piece; a piece never ends inside a multi-byte character."""
         e = self.example(self.wrap(text, context), max_new_tokens)
         size = self.model.vit.cfg.image_size if self.image else 0
-        batch = data.collate([e], size, self.model.cfg.normalize).to(self.model.device)
+        batch = data.collate([e], size, self.model.cfg.normalize, seen=self.seen).to(self.model.device)
+        if self.image and self.seen is None:  # the ViT runs once a picture, not once a turn
+            with torch.inference_mode(), self.model.autocast():
+                self.seen = self.model.look(batch)
+            batch = batch._replace(seen=self.seen)
         answer = []
 
         def tokens():

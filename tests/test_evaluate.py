@@ -87,7 +87,7 @@ def test_batches_mix_text_and_pictures_at_random(world):
     batches = [[examples[i].n_slots > 0 for i in steps.chosen(k)] for k in range(4 * steps.per_epoch)]
     assert np.mean([len(set(pictures)) == 2 for pictures in batches if len(pictures) == 8]) > 0.9
     batch, = steps[0][0]
-    assert set(batch.modality[0].tolist()) == {0, 1} and len(batch.images) == sum(batches[0])
+    assert set(batch.modality[0].tolist()) == {0, 1} and len(batch.shows) == sum(batches[0])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -122,6 +122,14 @@ def test_mme_writes_its_own_result_files(run, world, tmp_path):
     assert found == json.loads(run("mme", "--results", tmp_path, "--json")[0]) and set(found["tasks"]) == set(MME)
     one = run("mme", "--data", world / "mme", "--out", tmp_path / "one", "--tasks", "artwork", "--limit", 1, "--json")[0]
     assert json.loads(one)["tasks"]["artwork"]["replies"] == 2
+
+
+def test_mme_encodes_a_picture_once(run, world, tmp_path, monkeypatch):
+    """two questions about each, and they are neighbours even where batches are small"""
+    seen, forward = [], lavin.VisionTransformer.forward
+    monkeypatch.setattr(lavin.VisionTransformer, "forward", lambda self, x, *a: seen.append(len(x)) or forward(self, x, *a))
+    found = [run("mme", "--data", world / "mme", "--out", tmp_path / str(n), "--batch_size", n, "--json")[0] for n in (64, 4)]
+    assert seen == [6, 2, 2, 2] and found[0] == found[1]
 
 
 def test_coco_captions_the_test_split(run, world, tmp_path, monkeypatch):

@@ -184,6 +184,21 @@ def test_the_vit_sees_only_the_pictures_that_exist(lavin, monkeypatch):
     assert seen == [2]
 
 
+def test_a_picture_that_several_samples_show_is_encoded_once(lavin, monkeypatch):
+    """In training for each of them: their dropout differs."""
+    seen, forward = [], lavin.vit.forward
+    monkeypatch.setattr(lavin.vit, "forward", lambda images, *a: seen.append(len(images)) or forward(images, *a))
+    batch = make_batch([(ids, 0, True) for ids in ([5, 9, 11], [8, 4], [20, 31, 7, 12])], pack=True)
+    shows = torch.tensor([1, 0, 1])
+    shared, apart = batch._replace(images=batch.images[:2], shows=shows), batch._replace(images=batch.images[shows])
+    with torch.no_grad():
+        assert close(lavin.embed(shared), lavin.embed(apart)) and seen == [2, 3]
+        assert torch.equal(lavin.embed(shared._replace(seen=lavin.look(shared), images=None)), lavin.embed(shared))
+        lavin.train()
+        seeds = torch.arange(3).repeat_interleave(batch.lengths)[None]
+        assert close(lavin.embed(shared._replace(seeds=seeds)), lavin.embed(apart._replace(seeds=seeds))) and seen[-2:] == [3, 3]
+
+
 def gradients(model, batch) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
     model(batch).backward()

@@ -53,6 +53,15 @@ def test_chat_keeps_picture_and_history(ask, monkeypatch):
     assert len(out.splitlines()) == 2
 
 
+def test_chat_looks_at_a_picture_once(ask, monkeypatch):
+    looked, look = [], sample.lavin.LaVIN.look
+    monkeypatch.setattr(sample.lavin.LaVIN, "look", lambda *a: looked.append(1) or look(*a))
+    questions = "What color is the circle?\n" * 3
+    out, _ = ask("--chat", "--image", "tiny/demo.png", stdin=f"{questions}/reset\n{questions}/image tiny/demo.png\n{questions}")
+    lines = out.splitlines()
+    assert len(looked) == 2 and lines[0] == "The circle is red." and lines[:3] == lines[3:6] == lines[6:]
+
+
 def test_chat_commands(ask, tmp_path):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
     out, err = ask("--chat", stdin=f"What is the capital of France?\n/image {tmp_path / 'none.png'}\n/image {tmp_path / 'blank.png'}\n"
