@@ -45,8 +45,10 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
     starts = [*range(0, first, batch_size), *range(first, len(asked), batch_size)]
     size, texts, started = model.vit.cfg.image_size if model.vit else 0, {}, time.time()
 
+    ends = {id for id in range(tokenizer.vocab_size) if "." in tokenizer.decode([id])} if until else set()
+
     def complete(ids: list[int]) -> bool:  # decoding it all is worth it only where a sentence ends
-        return "." in tokenizer.decode(ids[-1:]) and until.search(tokenizer.decode(ids)) is not None
+        return ids[-1] in ends and until.search(tokenizer.decode(ids)) is not None
 
     for k, end in zip(starts, [*starts[1:], len(asked)]):
         rows = asked[k: end]

@@ -54,6 +54,7 @@ class Config:
     steps: int = 5  # steps or answers timed; the median counts
     new_tokens: int = 64  # decode: length of an answer
     vs: str = ""  # hf = Hugging Face in turn with us; train: with PEFT's LoRA, text only; decode: the folded weights
+    compile: bool = False  # decode: the compiled step too; needs g++
     seed: int = 0  # of weights, lengths and tokens
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # of the frozen base: bf16 or fp32
@@ -279,7 +280,7 @@ def decode(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
     model, prompt = build(cfg, device, dtype).eval(), Kind(94, 94, True)
     (example,), size = examples_of([prompt], model.llama.cfg.vocab_size, model.vit.n_cls), model.vit.cfg.image_size
     batch = data.collate([example], size, "clip").to(device)
-    return decoding.measure(model, batch, cfg.new_tokens, cfg.burn_in, cfg.steps, cfg.vs, say)
+    return decoding.measure(model, batch, cfg.new_tokens, cfg.burn_in, cfg.steps, cfg.vs, cfg.compile, say)
 
 
 def predicted_and_measured(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:

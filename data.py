@@ -92,11 +92,11 @@ def collate(examples: list[Example], image_size: int, normalize: str, pack: bool
     where = torch.tensor(where, dtype=torch.long)
     files = [e.sample.image for e in examples if e.n_slots and seen is None]
     distinct = list(dict.fromkeys(files))
+    shows = torch.tensor([distinct.index(file) for file in files], dtype=torch.long)
     images = [preprocess(open_image(file), image_size, normalize) for file in distinct]
     modality, sizes = torch.tensor([int(e.n_slots > 0) for e in examples]), torch.tensor(lengths)
     batch = Batch(tokens.view(B, T), where, tokens[where + 1], modality[:, None], torch.tensor(slots, dtype=torch.long),
-                  torch.stack(images) if images else None, torch.tensor([distinct.index(file) for file in files], dtype=torch.long),
-                  sizes, seen=seen)
+                  torch.stack(images) if images else None, shows, sizes, seen=seen)
     if pack:
         batch = batch._replace(modality=modality.repeat_interleave(sizes)[None], packed=lengths,
                                positions=torch.cat([torch.arange(n) for n in lengths])[None],

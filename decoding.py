@@ -110,10 +110,12 @@ def bytes_per_token(llama: LLaMA, slots: float) -> float:
     return weights + 2 * slots * llama.cfg.n_layers * llama.cfg.dim * llama.norm.weight.itemsize
 
 
-def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, vs: str, say: Callable[[str], None]) -> dict:
+def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, vs: str, compiled: bool, say: Callable[[str], None]) -> dict:
     """`n` tokens after the one prompt of `batch`, `steps` times; -> what bench.py prints. Folds the model."""
     answers = {"bare": ours(bare(model), batch, n), "unfolded": ours(twin(model), batch, n)}
     answers["folded"] = ours(model.fold(IMAGE), batch, n)
+    if compiled:
+        answers["compiled"] = ours(twin(model).compile_step(), batch, n)
     if vs:
         with torch.inference_mode(), model.autocast():
             answers["hf"] = theirs(merged(model), model.embed(batch), n)
@@ -142,7 +144,11 @@ def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, v
         "tokens_per_s": 1e3 / ms["folded"], "folded_over_bare": ratio("bare", "folded"),  # as speeds
         "unfolded_over_bare": ratio("bare", "unfolded"), "mb_per_token": size / 1e6, "gb_per_s": rate / 1e9,
         "copy_gb_per_s": copied / 1e9, "read_gb_per_s": read / 1e9, "utilisation": rate / max(copied, read)}
+    if compiled:
+        result["compiled_over_folded"] = ratio("folded", "compiled")
     if vs:  # of times: > 1 is ours being faster
         same = sum(a == b for a, b in zip(tokens["hf"], tokens["folded"]))
         result |= {"hf_over_ours": ratio("hf", "folded"), "hf_same_tokens": same / n}
+    if vs and compiled:
+        result["hf_over_compiled"] = ratio("hf", "compiled")
     return result

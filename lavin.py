@@ -9,6 +9,9 @@ Shapes: B samples, T tokens, C LLM width, N pictures among the B samples, n [cls
 L LLaMA layers, V vocabulary.
 """
 import hashlib
+import os
+import shutil
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,6 +97,7 @@ class LaVIN(nn.Module):
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter, salt=1000 + i)
                 block.routing = cfg.vit_routing
         self.folded = {}  # modality -> wqkv of every layer, see fold
+        self.compiled, self.caches = None, {}  # see compile_step
         adapters.freeze_base(self)
 
     @property
@@ -186,6 +190,30 @@ class LaVIN(nn.Module):
         for layer, wqkv in zip(self.llama.layers, self.folded[modality]):
             layer.attention.wqkv = wqkv
 
+    def compile_step(self) -> "LaVIN":
+        """Have torch compile the step of one token, on a GPU into a CUDA graph; the first answers wait for it. ValueError
+        without a compiler. What is compiled is called with the very same tensors: caches are kept, and read as a whole."""
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise ValueError("--compile: there is no C++ compiler here; install g++, or leave --compile out")
+        warnings.filterwarnings("ignore", message=".*complex operators")  # `rotate` stays as it is, the rest is compiled
+        self.compiled = torch.compile(self.step, mode="reduce-overhead", dynamic=False, fullgraph=True)
+        return self
+
+    def cache(self, B: int, S: int) -> KVCache:
+        make = lambda S: KVCache(self.llama.cfg, B, S, self.device, self.llama.norm.weight.dtype)
+        if self.compiled is None:
+            return make(S)
+        S = -(-S // 256) * 256  # so that there is little to compile
+        if (B, S) not in self.caches:
+            self.caches[B, S] = make(S)
+            for x in (self.caches[B, S].k, self.caches[B, S].v):
+                torch._dynamo.mark_static_address(x)  # a CUDA graph writes to it in place
+        return self.caches[B, S]
+
+    def step(self, token, w, positions, cache, filled=None) -> torch.Tensor:
+        """tokens [B] and their positions [B] -> logits [B, V] of what comes next"""
+        return self.llama.output(self.llama(token[:, None], w, positions[:, None], cache=cache, filled=filled)[:, 0]).float()
+
     def stream(self, batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
                seed: int = 0, complete: Callable[[list[int]], bool] | None = None) -> Iterator[list[int | None]]:
         """Yield, step by step, the next token of each row of `batch`, None for rows that are done.
@@ -210,15 +238,17 @@ class LaVIN(nn.Module):
         done, answers = [False] * B, [[] for _ in range(B)]
         with torch.inference_mode(), self.autocast():
             w = self.routing(batch.modality)
-            cache = KVCache(self.llama.cfg, B, T + max_new_tokens, self.device, self.llama.norm.weight.dtype)
+            cache = self.cache(B, T + max_new_tokens)
             h = self.llama(self.embed(batch), w, cache=cache)
-            h = h[torch.arange(B, device=h.device), batch.lengths - 1]  # [B, C] at each row's last token
+            logits = self.llama.output(h[torch.arange(B, device=h.device), batch.lengths - 1]).float()  # [B, V]
         for i in range(max_new_tokens):
             with torch.inference_mode(), self.autocast():  # never across a yield: both are states of the whole thread
-                if i:
-                    h = self.llama(token[:, None], w, batch.lengths[:, None] + i - 1, cache=cache, filled=longest + i)[:, 0]
+                if i and self.compiled:
+                    logits = self.compiled(token, w, batch.lengths + i - 1, cache)
+                elif i:
+                    logits = self.step(token, w, batch.lengths + i - 1, cache, filled=longest + i)
                 # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-                token = pick(self.llama.output(h).float(), temperature, top_p, random)  # [B]
+                token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()
             done = [d or t == eos for d, t in zip(done, ids)]
             if all(done):

@@ -118,7 +118,8 @@ class Attention(nn.Module):
         if cache is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
             # packed: one call a sequence, so that none sees another; each is large enough to fill the device
-            y = [F.scaled_dot_product_attention(*qkv, is_causal=True) for qkv in zip(*(x.split(lengths or T, dim=2) for x in (q, k, v)))]
+            y = [F.scaled_dot_product_attention(*qkv, is_causal=True)
+                 for qkv in zip(*(x.split(lengths or T, dim=2) for x in (q, k, v)))]
             return self.wo(torch.cat([x.transpose(1, 2) for x in y], dim=1).reshape(B, T, C))
         for past, new in zip(cache, (k, v)):
             past[positions] = new

@@ -252,6 +252,17 @@ def test_two_processes_write_what_one_writes(run, world, tmp_path):
         assert (tmp_path / f"one/{task}.txt").read_text() == (tmp_path / f"two/{task}.txt").read_text()
 
 
+def test_two_processes_answer_as_one_does(run, world, tmp_path):
+    """and as each problem alone"""
+    flags = "--data", str(world / "s"), "--limit", "7"
+    out = {n: run("scienceqa", *flags, "--batch_size", n, "--out", tmp_path / f"{n}.jsonl", "--json")[0] for n in (64, 1)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py", "scienceqa", *TINY,
+               *flags, "--adapters", str(world / "out/adapters.safetensors"), "--out", str(tmp_path / "two.jsonl"), "--json"]
+    two = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=180, check=True).stdout
+    files = [scores.read_predictions(tmp_path / f"{name}.jsonl") for name in (64, 1, "two")]
+    assert len(files[0]) == 7 and files[0] == files[1] == files[2] and two == out[64] == out[1]
+
+
 def test_mistakes_are_one_line(run, world, tmp_path):
     def message(*argv):
         with pytest.raises((ValueError, OSError)) as e:

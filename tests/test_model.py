@@ -1,4 +1,6 @@
 """What must hold of the model whatever its weights: counts, identity at the start, caching, independence of rows."""
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -266,6 +268,25 @@ def test_dropout_in_training_only():
     alone = sum(model(make_batch([row], pack=True)._replace(seeds=torch.full((1, n), i))).item()
                 for i, (row, n) in enumerate(zip(ROWS, batch.lengths.tolist())))
     assert model(seeded).item() == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_a_compiled_step_gives_the_same_answers(lavin, monkeypatch):
+    """Traced in one piece, with static shapes and a cache read as a whole. Code is not generated: that takes a minute."""
+    compile, rows = torch.compile, make_batch(PROMPTS[::2])
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **kw: compile(f, backend="eager", **kw))
+    lavin.fold(1)
+    plain = lavin.generate(rows, 8, eos=2, temperature=0.0)
+    lavin.compile_step()
+    for _ in range(2):  # the second time behind what the first one left in the cache
+        assert lavin.generate(rows, 8, eos=2, temperature=0.0) == plain
+    assert len(lavin.caches) == 1
+
+
+def test_compiling_without_a_compiler_is_one_line(lavin, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="^--compile: there is no C.. compiler here; [^\n]*$"):
+        lavin.compile_step()
 
 
 def test_prompt_longer_than_the_context(lavin):
