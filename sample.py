@@ -45,7 +45,7 @@ class Config:
     temperature: float = 0.1  # 0: greedy
     top_p: float = 0.75  # nucleus
     seed: int = 0  # of the sampling
-    compile: bool = False  # compile the decoding step; a minute before the first answer, then faster; needs g++
+    compile: bool = False  # compile the decoding step, for GPUs: a minute before the first answer, then faster; needs g++
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # bf16 or fp32
 

@@ -168,6 +168,20 @@ def test_folded_equals_unfolded(kind):
         make_lavin().fold(0).generate(make_batch([ROWS[0]]), 2, eos=2)
 
 
+def test_folded_steps_need_no_autocast():
+    model = make_lavin().to(torch.bfloat16)
+    for p in trainable(model).values():
+        p.data = p.data.float()
+    rows = make_batch(PROMPTS[::2])
+    answer = model.fold(1).generate(rows, 12, eos=-1, temperature=0.0)
+    ids = torch.tensor(answer)
+    with torch.no_grad(), model.autocast():  # the whole at once, as training sees it
+        z = torch.cat([model.embed(rows)[:1, : rows.lengths[0]], model.llama.tok_embeddings(ids[:1])], dim=1)
+        logits = model.llama.output(model.llama(z))[0, rows.lengths[0] - 1: -1].float()
+    chosen = logits.gather(1, ids[0, :, None])[:, 0]
+    assert (logits.max(-1).values - chosen).max() < 0.05 * logits.std()  # but for bf16's rounding, the likeliest token
+
+
 def test_pictures_do_not_depend_on_batch_mates(lavin):
     """The released router sends every picture of a batch the way of the first one."""
     images = torch.randn(4, 3, 16, 16)
