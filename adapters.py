@@ -188,21 +188,26 @@ def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def fold(linear: nn.Linear, adapter: nn.Module, w: torch.Tensor | None) -> nn.Linear:
-    """One Linear that does what `linear` does behind `adapter` at routing weights w [2]: structural re-parameterisation.
+def fold(linears: list[nn.Linear], adapter: nn.Module, w: torch.Tensor | None) -> nn.Linear:
+    """One Linear that does what `linears`, side by side, do behind `adapter` at routing weights w [2].
 
-    An adapter is affine, so W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b), exactly.
+    Structural re-parameterisation: an adapter is affine, so W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b),
+    exactly.
     """
     if isinstance(adapter, MMAdapter):
         U = w[0] * adapter.phi_u1.dense() + w[1] * adapter.phi_u2.dense()  # [d, r]
         b = w[0] * adapter.phi_u1.bias + w[1] * adapter.phi_u2.bias
     else:
         U, b = adapter.phi_u.dense(), adapter.phi_u.bias
-    W, A, a = linear.weight.float(), adapter.phi_d.weight, adapter.phi_d.bias
-    sWU = adapter.scale * W @ U  # [out, r]
-    folded = nn.Linear(*W.shape[::-1], device="meta")
-    folded.weight = nn.Parameter((W + sWU @ A).type_as(linear.weight), requires_grad=False)
-    folded.bias = nn.Parameter((sWU @ a + adapter.scale * W @ b).type_as(linear.weight), requires_grad=False)
+    A, a, weights, biases = adapter.phi_d.weight, adapter.phi_d.bias, [], []
+    for linear in linears:
+        W = linear.weight.float()
+        sWU = adapter.scale * W @ U  # [out, r]
+        weights.append((W + sWU @ A).type_as(linear.weight))
+        biases.append((sWU @ a + adapter.scale * W @ b).type_as(linear.weight))
+    W = torch.cat(weights)  # [sum of outs, d]
+    folded = type(linears[0])(*W.shape[::-1], device="meta")
+    folded.weight, folded.bias = (nn.Parameter(x, requires_grad=False) for x in (W, torch.cat(biases)))
     return folded
 
 

@@ -33,13 +33,22 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
         model.fold(*sorted({int(s.image is not None) for s in samples}))
     asked = [data.encode(Sample(s.id, s.prompt, "", s.image, s.problem), tokenizer, model.vit.n_cls if model.vit else 0)
              for s in samples]
-    asked.sort(key=lambda e: (e.n_slots > 0, len(e.ids)))  # one modality a batch, neighbours in length: little padding
+    longest = {}  # question about each picture
+    for e in asked:
+        longest[e.sample.image] = max(len(e.ids), longest.get(e.sample.image, 0))
+
+    def order(e: data.Example) -> tuple:  # one modality a batch, a picture's questions together, neighbours in length
+        return (True, longest[e.sample.image], str(e.sample.image)) if e.n_slots else (False, len(e.ids))
+
+    asked.sort(key=order)
     first = sum(e.n_slots == 0 for e in asked)
     starts = [*range(0, first, batch_size), *range(first, len(asked), batch_size)]
     size, texts, started = model.vit.cfg.image_size if model.vit else 0, {}, time.time()
 
+    ends = {id for id in range(tokenizer.vocab_size) if "." in tokenizer.decode([id])} if until else set()
+
     def complete(ids: list[int]) -> bool:  # decoding it all is worth it only where a sentence ends
-        return "." in tokenizer.decode(ids[-1:]) and until.search(tokenizer.decode(ids)) is not None
+        return ids[-1] in ends and until.search(tokenizer.decode(ids)) is not None
 
     for k, end in zip(starts, [*starts[1:], len(asked)]):
         rows = asked[k: end]

@@ -2,7 +2,8 @@
 
     python bench.py train --preset small                           optimizer steps on ScienceQA's real lengths
     python bench.py train --preset small --vs hf                   the same in turn with Hugging Face + PEFT (LoRA)
-    python bench.py decode --preset small                          prefill, then greedy decoding
+    python bench.py decode --preset small                          greedy decoding: bare, folded, unfolded LLaMA in turn
+    python bench.py decode --preset small --vs hf                  the same in turn with Hugging Face's generate
     python bench.py memory --preset 7B --layers 2 --dtype bf16     what is held, kept for the backward, and the peak
 
 Weights and tokens are random, made on the device. The last line on stdout is one JSON object, all else goes to stderr.
@@ -10,7 +11,6 @@ Weights and tokens are random, made on the device. The last line on stdout is on
 import json
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -24,11 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip
 import cli
 import data
+import decoding
 import llama
 from adapters import AdapterConfig, MMAdapter, trainable
 from clip import CLIPConfig, VisionTransformer
-from lavin import IMAGE, LaVIN, LaVINConfig
+from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
+from machine import matmul_peak, seconds
 from price import A100, EPOCHS, PROBLEMS, Kind, Load, balance, draw, flops, kinds, memory, useful
 from prompts import Sample
 
@@ -51,37 +53,15 @@ class Config:
     burn_in: int = 2  # steps or answers before the clock runs
     steps: int = 5  # steps or answers timed; the median counts
     new_tokens: int = 64  # decode: length of an answer
-    vs: str = ""  # train: hf = Hugging Face + PEFT in turn with us, text only
+    vs: str = ""  # hf = Hugging Face in turn with us; train: with PEFT's LoRA, text only; decode: the folded weights
+    compile: bool = False  # decode: the compiled step too; needs g++
     seed: int = 0  # of weights, lengths and tokens
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # of the frozen base: bf16 or fp32
 
 
 # ---------------------------------------------------------------------------------------------------
-# what the machine does
-
-def seconds(f: Callable, device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    f()
-    wait()
-    return time.perf_counter() - started
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product at its fastest: what there is to use, whatever the data sheet says"""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n ** 3 / min(seconds(lambda: a @ b, device) for _ in range(10))
-
-
-def bandwidth(device: torch.device) -> float:
-    """bytes/s of a large copy, read and written, at its fastest"""
-    a = torch.zeros(2 ** (30 if device.type == "cuda" else 26), device=device)
-    b = torch.ones_like(a)
-    return 2 * a.nbytes / min(seconds(lambda: a.copy_(b), device) for _ in range(10))
-
+# what a step takes
 
 def counted_flops(f: Callable) -> int:
     """torch's own count; its table lacks the CPU's attention"""
@@ -256,8 +236,6 @@ class HuggingFace:
 # commands: each returns what goes into the last line
 
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
-    if cfg.vs not in ("", "hf"):
-        raise ValueError(f"unknown --vs {cfg.vs!r}; known: hf")
     model = build(cfg, device, dtype, vision=not cfg.vs)  # beside Hugging Face: text only on both sides
     runners = {"ours": Ours(cfg, model)}
     if cfg.vs:
@@ -299,25 +277,10 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def decode(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
-    model = build(cfg, device, dtype).eval().fold(IMAGE)
-    c, prompt = model.llama.cfg, Kind(94, 94, True)
-    batch = data.collate(examples_of([prompt], c.vocab_size, model.vit.n_cls), model.vit.cfg.image_size, "clip").to(device)
-    prefill, gaps = [], []
-    for k in range(cfg.burn_in + cfg.steps):
-        marks = [time.perf_counter()]
-        for _ in model.stream(batch, cfg.new_tokens, eos=-1, temperature=0.0):
-            marks.append(time.perf_counter())  # the token has reached the CPU
-        say(f"answer {k + 1}: {marks[-1] - marks[0]:.3f} s" + ", burn-in" * (k < cfg.burn_in))
-        if k >= cfg.burn_in:
-            prefill.append(marks[1] - marks[0])
-            gaps += [b - a for a, b in zip(marks[1:], marks[2:])]
-    # a token reads every LLaMA weight but the embeddings, and the whole cache
-    read = dtype.itemsize * (c.n_layers * (4 * c.dim ** 2 + 3 * c.dim * c.ffn_dim) + c.vocab_size * c.dim +
-                             c.n_layers * 2 * c.dim * (prompt.length + cfg.new_tokens))
-    limit, rate = bandwidth(device), read / median(gaps)
-    return {"prefill_s": median(prefill), "prefill_tokens_per_s": prompt.length / median(prefill),
-            "tokens_per_s": 1 / median(gaps), "mb_per_token": read / 1e6, "gb_per_s": rate / 1e9,
-            "copy_gb_per_s": limit / 1e9, "utilisation": rate / limit}
+    model, prompt = build(cfg, device, dtype).eval(), Kind(94, 94, True)
+    (example,), size = examples_of([prompt], model.llama.cfg.vocab_size, model.vit.n_cls), model.vit.cfg.image_size
+    batch = data.collate([example], size, "clip").to(device)
+    return decoding.measure(model, batch, cfg.new_tokens, cfg.burn_in, cfg.steps, cfg.vs, cfg.compile, say)
 
 
 def predicted_and_measured(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
@@ -354,6 +317,8 @@ def main() -> None:
     for flag, least in (("batch_size", 1), ("micro_batch", 1), ("burn_in", 0), ("steps", 1), ("layers", 0), ("new_tokens", 2)):
         if getattr(cfg, flag) < least:
             raise ValueError(f"--{flag} {getattr(cfg, flag)}: at least {least} is needed")
+    if cfg.vs not in ("", "hf"):
+        raise ValueError(f"unknown --vs {cfg.vs!r}; known: hf")
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     name = str(dtype).removeprefix("torch.")
     say(f"{command} {cfg.preset} on {device} in {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -64,19 +64,22 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # [targets], that token
     modality: torch.Tensor  # 1 with a picture: [B, 1], packed [1, T]
     slots: torch.Tensor  # [N n_cls], where the tokens of the pictures go
-    images: torch.Tensor | None  # [N, 3, H, W] of the samples that have one, in their order
+    images: torch.Tensor | None  # [N, 3, H, W], each once, however many samples show it
+    shows: torch.Tensor | None  # [samples with a picture], which of the images that is
     lengths: torch.Tensor  # [samples]
     positions: torch.Tensor | None = None  # packed: [1, T], place of each token in its own sequence
     packed: list[int] | None = None  # packed: the lengths once more, known without asking the device
     seeds: torch.Tensor | None = None  # packed: [1, T], seed of each token's sample, for dropout
+    seen: torch.Tensor | None = None  # [samples with a picture, n_cls, C], from `LaVIN.look`: instead of images
 
     def to(self, device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
 
 
 def collate(examples: list[Example], image_size: int, normalize: str, pack: bool = False,
-            seeds: list[int] | None = None) -> Batch:
-    """Pictures are decoded here: in a DataLoader that is a worker's work. seeds: one a sample, for dropout."""
+            seeds: list[int] | None = None, seen: torch.Tensor | None = None) -> Batch:
+    """Pictures are decoded here: in a DataLoader that is a worker's work. seeds: one a sample, for dropout. seen: what
+    `LaVIN.look` made of the pictures, if it has already; then no file is opened."""
     lengths = [len(e.ids) for e in examples]
     B, T = (1, sum(lengths)) if pack else (len(examples), max(lengths))
     starts = np.cumsum([0, *lengths[:-1]]) if pack else range(0, B * T, T)
@@ -87,10 +90,13 @@ def collate(examples: list[Example], image_size: int, normalize: str, pack: bool
         where += range(at + e.start - 1, at + len(e.ids) - 1)
         slots += range(at + e.slot, at + e.slot + e.n_slots)
     where = torch.tensor(where, dtype=torch.long)
-    images = [preprocess(open_image(e.sample.image), image_size, normalize) for e in examples if e.n_slots]
+    files = [e.sample.image for e in examples if e.n_slots and seen is None]
+    distinct = list(dict.fromkeys(files))
+    shows = torch.tensor([distinct.index(file) for file in files], dtype=torch.long)
+    images = [preprocess(open_image(file), image_size, normalize) for file in distinct]
     modality, sizes = torch.tensor([int(e.n_slots > 0) for e in examples]), torch.tensor(lengths)
     batch = Batch(tokens.view(B, T), where, tokens[where + 1], modality[:, None], torch.tensor(slots, dtype=torch.long),
-                  torch.stack(images) if images else None, sizes)
+                  torch.stack(images) if images else None, shows, sizes, seen=seen)
     if pack:
         batch = batch._replace(modality=modality.repeat_interleave(sizes)[None], packed=lengths,
                                positions=torch.cat([torch.arange(n) for n in lengths])[None],

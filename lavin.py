@@ -9,6 +9,9 @@ Shapes: B samples, T tokens, C LLM width, N pictures among the B samples, n [cls
 L LLaMA layers, V vocabulary.
 """
 import hashlib
+import os
+import shutil
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +96,8 @@ class LaVIN(nn.Module):
             for block in vit.transformer.resblocks if cfg.vit_adapters else ():
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routing = cfg.vit_routing
-        self.folded = {}  # modality -> wq, wk, wv of every layer, see fold
+        self.folded = {}  # modality -> wqkv of every layer, see fold
+        self.compiled, self.caches = None, {}  # see compile_step
         adapters.freeze_base(self)
 
     @property
@@ -122,12 +126,19 @@ class LaVIN(nn.Module):
         The ViT sees only the pictures that exist (the released code runs a black one for every text sample).
         """
         z = self.llama.tok_embeddings(batch.tokens)
-        if batch.images is None:
+        if not len(batch.slots):
             return z
-        first = batch.slots.view(len(batch.images), -1)[:, 0]  # [N]
-        x = self.adapter_proj(self.vit(batch.images, self.seeds(batch, first)))  # [N, n, C]
+        x = self.look(batch) if batch.seen is None else batch.seen
         # Eq. (7): Z = [t_m, X', Y] with a picture, [t_m, Y] without; t_m runs beside it, see LLaMA.route
         return z.flatten(0, 1).index_copy(0, batch.slots, x.flatten(0, 1).to(z.dtype)).view_as(z)
+
+    def look(self, batch) -> torch.Tensor:
+        """X' of each sample that shows a picture [.., n, C]. What several samples show, is encoded once; in training
+        for each of them, because dropout is the sample's own."""
+        seeds = self.seeds(batch, batch.slots.view(len(batch.shows), -1)[:, 0])
+        if seeds is not None:
+            return self.adapter_proj(self.vit(batch.images[batch.shows], seeds))
+        return self.adapter_proj(self.vit(batch.images))[batch.shows]
 
     def seeds(self, batch, where=slice(None)) -> torch.Tensor | None:
         """for dropout, the seed of the sample that each of these tokens belongs to; None when not training"""
@@ -158,7 +169,7 @@ class LaVIN(nn.Module):
         """Fold LLaMA's adapters into the projections behind them, for answering in these modalities only.
 
         In LLaMA the routing weights are constants of the modality, so an adapter is one affine map for each, and costs
-        nothing any more; a second modality costs a second set of wq, wk, wv. The ViT's adapters are routed by each
+        nothing any more; a second modality costs a second set of those. The ViT's adapters are routed by each
         picture's own [cls]: no constant map to fold there. Not to be trained or saved afterwards.
         """
         with self.autocast():
@@ -167,17 +178,41 @@ class LaVIN(nn.Module):
         for i, layer in enumerate(self.llama.layers):
             a = layer.attention
             for k, m in enumerate(modalities):
-                self.folded[m].append([adapters.fold(x, layer.adapter_attn, None if w is None else w[i, k]) for x in (a.wq, a.wk, a.wv)])
-            layer.adapter_attn = None
-            a.wq, a.wk, a.wv = self.folded[modalities[0]][i]  # layer by layer, or both sets would fill the memory at once
+                self.folded[m].append(adapters.fold([a.wq, a.wk, a.wv], layer.adapter_attn, None if w is None else w[i, k]))
+            layer.adapter_attn = a.wq = a.wk = a.wv = None  # layer by layer, or both sets would fill the memory at once
+        self.enter(modalities[0])
         return self
 
     def enter(self, modality: int) -> None:
         """put one modality's folded projections to work"""
         if modality not in self.folded:
             raise ValueError(f"folded for modalities {list(self.folded)}, asked in {modality}; fold for both")
-        for layer, qkv in zip(self.llama.layers, self.folded[modality]):
-            layer.attention.wq, layer.attention.wk, layer.attention.wv = qkv
+        for layer, wqkv in zip(self.llama.layers, self.folded[modality]):
+            layer.attention.wqkv = wqkv
+
+    def compile_step(self) -> "LaVIN":
+        """Have torch compile the step of one token, on a GPU into a CUDA graph; the first answers wait for it. ValueError
+        without a compiler. What is compiled is called with the very same tensors: caches are kept, and read as a whole."""
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise ValueError("--compile: there is no C++ compiler here; install g++, or leave --compile out")
+        warnings.filterwarnings("ignore", message=".*complex operators")  # `rotate` stays as it is, the rest is compiled
+        self.compiled = torch.compile(self.step, mode="reduce-overhead", dynamic=False, fullgraph=True)
+        return self
+
+    def cache(self, B: int, S: int) -> KVCache:
+        make = lambda S: KVCache(self.llama.cfg, B, S, self.device, self.llama.norm.weight.dtype)
+        if self.compiled is None:
+            return make(S)
+        S = -(-S // 256) * 256  # so that there is little to compile
+        if (B, S) not in self.caches:
+            self.caches[B, S] = make(S)
+            for x in (self.caches[B, S].k, self.caches[B, S].v):
+                torch._dynamo.mark_static_address(x)  # a CUDA graph writes to it in place
+        return self.caches[B, S]
+
+    def step(self, token, w, positions, cache, filled=None) -> torch.Tensor:
+        """tokens [B] and their positions [B] -> logits [B, V] of what comes next"""
+        return self.llama.output(self.llama(token[:, None], w, positions[:, None], cache=cache, filled=filled)[:, 0]).float()
 
     def stream(self, batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
                seed: int = 0, complete: Callable[[list[int]], bool] | None = None) -> Iterator[list[int | None]]:
@@ -188,9 +223,10 @@ class LaVIN(nn.Module):
         same random number at a step, so it does not matter who its neighbours are. temperature 0 is greedy. ValueError
         if a prompt does not fit the context.
         """
-        room = self.llama.cfg.max_seq_len - int(batch.lengths.max())
+        longest = int(batch.lengths.max())
+        room = self.llama.cfg.max_seq_len - longest
         if room < 1:
-            raise ValueError(f"the prompt has {int(batch.lengths.max())} tokens; this LLaMA's context holds "
+            raise ValueError(f"the prompt has {longest} tokens; this LLaMA's context holds "
                              f"{self.llama.cfg.max_seq_len}, answer included")
         max_new_tokens = min(max_new_tokens, room)
         if self.folded:
@@ -202,15 +238,18 @@ class LaVIN(nn.Module):
         done, answers = [False] * B, [[] for _ in range(B)]
         with torch.inference_mode(), self.autocast():
             w = self.routing(batch.modality)
-            cache = KVCache(self.llama.cfg, B, T + max_new_tokens, self.device, self.llama.norm.weight.dtype)
+            cache = self.cache(B, T + max_new_tokens)
             h = self.llama(self.embed(batch), w, cache=cache)
-            h = h[torch.arange(B, device=h.device), batch.lengths - 1]  # [B, C] at each row's last token
+            logits = self.llama.output(h[torch.arange(B, device=h.device), batch.lengths - 1]).float()  # [B, V]
+        autocast = nullcontext if self.folded else self.autocast  # folded, all is of one dtype; looking takes 4% of a step
         for i in range(max_new_tokens):
-            with torch.inference_mode(), self.autocast():  # never across a yield: both are states of the whole thread
-                if i:
-                    h = self.llama(token[:, None], w, batch.lengths[:, None] + i - 1, cache=cache)[:, 0]
+            with torch.inference_mode(), autocast():  # never across a yield: both are states of the whole thread
+                if i and self.compiled:
+                    logits = self.compiled(token, w, batch.lengths + i - 1, cache)
+                elif i:
+                    logits = self.step(token, w, batch.lengths + i - 1, cache, filled=longest + i)
                 # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-                token = pick(self.llama.output(h).float(), temperature, top_p, random)  # [B]
+                token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()
             done = [d or t == eos for d, t in zip(done, ids)]
             if all(done):

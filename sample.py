@@ -22,7 +22,9 @@ import cli
 import data
 import lavin
 import prompts
+from decoding import bytes_per_token
 from llama import Tokenizer
+from machine import bandwidth
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -43,6 +45,7 @@ class Config:
     temperature: float = 0.1  # 0: greedy
     top_p: float = 0.75  # nucleus
     seed: int = 0  # of the sampling
+    compile: bool = False  # compile the decoding step, for GPUs: a minute before the first answer, then faster; needs g++
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # bf16 or fp32
 
@@ -51,7 +54,7 @@ class Conversation:
     """A picture or none, the turns so far, and the next answer."""
 
     def __init__(self, model: lavin.LaVIN, meta: dict, tokenizer: Tokenizer):
-        self.model, self.meta, self.tokenizer = model, meta, tokenizer
+        self.model, self.meta, self.tokenizer, self.limit = model, meta, tokenizer, None
         self.look(None)
 
     def look(self, image: str | None) -> None:
@@ -60,7 +63,7 @@ class Conversation:
             raise ValueError("these adapters are text-only (trained with --no-vision); leave out the picture")
         if image:
             data.open_image(image)
-        self.image, self.turns = Path(image) if image else None, []
+        self.image, self.seen, self.turns, self.marks = Path(image) if image else None, None, [], []
 
     def wrap(self, text: str, context: str) -> str:
         """The user's words in the format that the adapters were trained on; "(A) .. (B) .." in them are options."""
@@ -91,19 +94,34 @@ class Conversation:
         """Yield the answer piece by piece; a piece never ends inside a multi-byte character."""
         e = self.example(self.wrap(text, context), max_new_tokens)
         size = self.model.vit.cfg.image_size if self.image else 0
-        batch = data.collate([e], size, self.model.cfg.normalize).to(self.model.device)
-        answer = []
+        batch = data.collate([e], size, self.model.cfg.normalize, seen=self.seen).to(self.model.device)
+        if self.image and self.seen is None:  # the ViT runs once a picture, not once a turn
+            with torch.inference_mode(), self.model.autocast():
+                self.seen = self.model.look(batch)
+            batch = batch._replace(seen=self.seen)
+        answer, self.marks = [], []
 
         def tokens():
             for (token,) in self.model.stream(batch, max_new_tokens, self.tokenizer.eos, **sampling):
                 answer.append(token)
+                self.marks.append(time.perf_counter())
                 yield token
 
         try:
             yield from self.tokenizer.stream(tokens())
         finally:  # also when Ctrl-C cut it short
             self.turns.append(self.asked + answer + [self.tokenizer.eos])
-            self.n_tokens = len(answer)
+            self.slots = len(e.ids) + len(answer) / 2  # of the cache, that a step read on average
+
+    def rate(self) -> str:
+        """bytes/s of the last answer beside what the machine can do; empty if it was over too soon to tell"""
+        if len(self.marks) < 2 or self.marks[-1] - self.marks[0] < 1:
+            return ""
+        size, steps = bytes_per_token(self.model.llama, self.slots), len(self.marks) - 1
+        if self.limit is None:
+            self.limit = max(bandwidth(self.model.device, tries=3))  # a third of a second, once
+        rate = size * steps / (self.marks[-1] - self.marks[0])
+        return f"; behind the first, {rate / 1e9:.2f} GB/s of weights and cache, {rate / self.limit:.0%} of the memory's"
 
 
 def say(conversation: Conversation, prompt: str, cfg: Config) -> None:
@@ -118,8 +136,8 @@ def say(conversation: Conversation, prompt: str, cfg: Config) -> None:
             raise
         pieces.close()
     print(flush=True)
-    seconds = time.time() - started
-    print(f"[{conversation.n_tokens} tokens in {seconds:.2f} s, {conversation.n_tokens / seconds:.0f} tokens/s]", file=sys.stderr)
+    seconds, n = time.time() - started, len(conversation.marks)
+    print(f"[{n} tokens in {seconds:.2f} s, {n / seconds:.3g} tokens/s{conversation.rate()}]", file=sys.stderr)
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
@@ -193,6 +211,8 @@ def main() -> None:
         return show_routing(model, Path("routing.png"))
     conversation = Conversation(model, meta, Tokenizer.from_pretrained(cfg.llama, model.llama.cfg.vocab_size))
     conversation.look(cfg.image or None)
+    if cfg.compile:
+        model.compile_step()
     if cfg.chat:  # a picture may come later
         model.fold(lavin.TEXT, *[lavin.IMAGE] * (model.vit is not None))
         chat(conversation, cfg)

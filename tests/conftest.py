@@ -56,7 +56,7 @@ def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0, pack: boo
     # each row's picture depends on its ids alone, so that a row can be compared with itself in another batch
     images = [torch.randn(3, CLIP.image_size, CLIP.image_size, generator=torch.Generator().manual_seed(seed + sum(ids)))
               for ids, _, picture in rows if picture]
-    return batch._replace(slots=torch.tensor(slots, dtype=torch.long), images=torch.stack(images) if images else None,
+    return batch._replace(slots=torch.tensor(slots, dtype=torch.long), images=torch.stack(images) if images else None, shows=torch.arange(len(images)),
                           modality=modality.repeat_interleave(batch.lengths)[None] if pack else modality[:, None])
 
 

@@ -13,6 +13,7 @@ import adapters
 import bench
 import cli
 import data
+import decoding
 import llama
 import price
 import prompts
@@ -175,7 +176,8 @@ def run(monkeypatch, capsys, main, *argv: str) -> tuple[str, str]:
 @pytest.mark.parametrize("command, keys", [
     ("train", {"tokens_per_s", "samples_per_s", "utilisation", "matmul_tflop_per_s", "flops_over_useful", "peak_gb",
                "predicted_peak_gb", "slowest_over_mean_rank", "recipe_hours_here", "recipe_hours_8_a100_projected"}),
-    ("decode", {"prefill_tokens_per_s", "tokens_per_s", "gb_per_s", "copy_gb_per_s"}),
+    ("decode", {"prefill_tokens_per_s", "tokens_per_s", "mb_per_token", "gb_per_s", "copy_gb_per_s", "read_gb_per_s", "utilisation",
+                "bare_ms_per_token", "folded_ms_per_token", "unfolded_ms_per_token", "folded_over_bare", "unfolded_over_bare"}),
     ("memory", {"block_kb_per_token", "held_mb", "saved_mb", "predicted_saved_mb", "peak_mb", "predicted_peak_mb"})])
 def test_bench_ends_with_one_line_of_json(monkeypatch, capsys, command, keys):
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)  # a large product takes a while on a small machine
@@ -196,6 +198,23 @@ def test_hugging_face_takes_the_same_steps(monkeypatch, capsys):
     result = json.loads(out)
     assert result["hf_over_ours"] > 0 and result["micro_batch_flops"] == result["micro_batch_flops_torch"]
     assert [line.split()[2] for line in err.splitlines() if line.startswith("step ")] == ["ours:", "hf:"] * 2  # in turn
+
+
+def test_hugging_face_gives_the_same_answer(monkeypatch, capsys):
+    """the folded weights in its modules; picture and prompt go in as embeddings"""
+    pytest.importorskip("transformers")
+    out, err = run(monkeypatch, capsys, bench.main, "decode", "--preset", "tiny", "--vs", "hf", "--device", "cpu",
+                   "--burn_in", "1", "--steps", "1", "--new_tokens", "20")
+    result = json.loads(out)
+    assert result["hf_same_tokens"] == 1 and result["hf_over_ours"] > 0 and result["hf_ms_per_token"] > 0
+    assert [line.split()[2] for line in err.splitlines() if line.startswith("answer ")] == ["bare:", "unfolded:", "folded:", "hf:"] * 2
+
+
+def test_bytes_of_a_token():
+    model = on_meta("7B")
+    read = decoding.bytes_per_token(model.llama.bfloat16(), 100)
+    adapters_too = 2 * sum(p.numel() for n, p in trainable(model.llama).items())
+    assert read == 2 * (6_738_415_616 - 32_000 * 4096 + 2 * 100 * 32 * 4096) + adapters_too
 
 
 def test_mistakes_are_one_line(monkeypatch, capsys):

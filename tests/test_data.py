@@ -53,6 +53,17 @@ def test_tokens_targets_and_slots(tmp_path):
     assert packed.slots.tolist() == [9, 10, 11] and torch.equal(packed.images, batch.images)
 
 
+def test_a_picture_that_several_samples_show_is_decoded_once(tmp_path, monkeypatch):
+    for color in ("red", "blue"):
+        Image.new("RGB", (5, 5), color).save(tmp_path / f"{color}.png")
+    opened, open_image = [], data.open_image
+    monkeypatch.setattr(data, "open_image", lambda file: opened.append(file.stem) or open_image(file))
+    rows = [data.encode(sample(image=color and tmp_path / f"{color}.png"), Words(), 3) for color in ("red", "blue", None, "red")]
+    batch = data.collate(rows, 4, "clip")
+    assert opened == ["red", "blue"] and batch.images.shape == (2, 3, 4, 4) and batch.shows.tolist() == [0, 1, 0]
+    assert data.collate(rows, 4, "clip", seen=torch.zeros(3, 3, 8)).images is None and len(opened) == 2
+
+
 def test_an_empty_response_is_dropped_and_counted():
     """Alpaca-52k has some"""
     examples, count = data.encode_all([sample(response=""), sample()], Words(), 0, max_len=20)

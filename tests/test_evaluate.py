@@ -87,7 +87,7 @@ def test_batches_mix_text_and_pictures_at_random(world):
     batches = [[examples[i].n_slots > 0 for i in steps.chosen(k)] for k in range(4 * steps.per_epoch)]
     assert np.mean([len(set(pictures)) == 2 for pictures in batches if len(pictures) == 8]) > 0.9
     batch, = steps[0][0]
-    assert set(batch.modality[0].tolist()) == {0, 1} and len(batch.images) == sum(batches[0])
+    assert set(batch.modality[0].tolist()) == {0, 1} and len(batch.shows) == sum(batches[0])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -122,6 +122,14 @@ def test_mme_writes_its_own_result_files(run, world, tmp_path):
     assert found == json.loads(run("mme", "--results", tmp_path, "--json")[0]) and set(found["tasks"]) == set(MME)
     one = run("mme", "--data", world / "mme", "--out", tmp_path / "one", "--tasks", "artwork", "--limit", 1, "--json")[0]
     assert json.loads(one)["tasks"]["artwork"]["replies"] == 2
+
+
+def test_mme_encodes_a_picture_once(run, world, tmp_path, monkeypatch):
+    """two questions about each, and they are neighbours even where batches are small"""
+    seen, forward = [], lavin.VisionTransformer.forward
+    monkeypatch.setattr(lavin.VisionTransformer, "forward", lambda self, x, *a: seen.append(len(x)) or forward(self, x, *a))
+    found = [run("mme", "--data", world / "mme", "--out", tmp_path / str(n), "--batch_size", n, "--json")[0] for n in (64, 4)]
+    assert seen == [6, 2, 2, 2] and found[0] == found[1]
 
 
 def test_coco_captions_the_test_split(run, world, tmp_path, monkeypatch):
@@ -242,6 +250,17 @@ def test_two_processes_write_what_one_writes(run, world, tmp_path):
     assert sorted((tmp_path / "two/predictions.jsonl").read_text().splitlines(keepends=True)) == sorted(whole)
     for task in MME:
         assert (tmp_path / f"one/{task}.txt").read_text() == (tmp_path / f"two/{task}.txt").read_text()
+
+
+def test_two_processes_answer_as_one_does(run, world, tmp_path):
+    """and as each problem alone"""
+    flags = "--data", str(world / "s"), "--limit", "7"
+    out = {n: run("scienceqa", *flags, "--batch_size", n, "--out", tmp_path / f"{n}.jsonl", "--json")[0] for n in (64, 1)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py", "scienceqa", *TINY,
+               *flags, "--adapters", str(world / "out/adapters.safetensors"), "--out", str(tmp_path / "two.jsonl"), "--json"]
+    two = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=180, check=True).stdout
+    files = [scores.read_predictions(tmp_path / f"{name}.jsonl") for name in (64, 1, "two")]
+    assert len(files[0]) == 7 and files[0] == files[1] == files[2] and two == out[64] == out[1]
 
 
 def test_mistakes_are_one_line(run, world, tmp_path):

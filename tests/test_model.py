@@ -1,4 +1,6 @@
 """What must hold of the model whatever its weights: counts, identity at the start, caching, independence of rows."""
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,6 +91,32 @@ def test_several_tokens_behind_a_filled_cache(lavin):
     assert close(rest, whole[:, 4:])
 
 
+def test_a_step_reads_the_filled_slots_alone(lavin):
+    """one row without a mask, several with one; what lies behind is never touched"""
+    ids = torch.randint(0, LLAMA.vocab_size, (2, 9))
+    with torch.no_grad():
+        w = lavin.routing(torch.tensor([[0], [1]]))
+        whole = lavin.llama(ids, w)
+        for rows in (slice(0, 1), slice(0, 2)):
+            B = len(ids[rows])
+            cache = KVCache(LLAMA, B, 16)
+            cache.k[..., 9:, :] = cache.v[..., 9:, :] = float("nan")
+            lavin.llama(ids[rows, :6], w[:, rows], cache=cache)
+            for t in range(6, 9):
+                h = lavin.llama(ids[rows, t: t + 1], w[:, rows], torch.full((B, 1), t), cache=cache, filled=t + 1)
+                assert close(h[:, 0], whole[rows, t])
+
+
+def test_few_rows_by_halves_equal_the_plain_product():
+    for size, bias in ((600, False), (512, True)):
+        linear = llama.Linear(512, size, bias)
+        for rows in (1, 2, 4, 5):
+            x = torch.randn(rows, 1, 512)
+            with torch.inference_mode():
+                y = linear(x)
+            assert y.shape == (rows, 1, size) and close(y, F.linear(x, linear.weight, linear.bias).detach())
+
+
 def teacher_forced(model, row, n):
     """greedy answer by running the whole sequence anew for every token"""
     ids, answer = list(row[0]), []
@@ -127,6 +155,7 @@ def test_folded_equals_unfolded(kind):
     """Structural re-parameterisation: no adapter left in LLaMA, the same logits in both modalities."""
     model, folded = make_lavin(kind=kind, scale=0.7, tau=3.0), make_lavin(kind=kind, scale=0.7, tau=3.0).fold(0, 1)
     assert all(layer.adapter_attn is None for layer in folded.llama.layers)
+    assert not any(n.endswith(("wq.weight", "wk.weight", "wv.weight")) for n, _ in folded.named_parameters())  # gone
     for rows in ([r for r in ROWS if r[2]], [r for r in ROWS if not r[2]]):
         batch = make_batch(rows)
         folded.enter(int(rows[0][2]))
@@ -137,6 +166,20 @@ def test_folded_equals_unfolded(kind):
         assert folded.generate(prompts, 12, eos=2, temperature=0.0) == model.generate(prompts, 12, eos=2, temperature=0.0)
     with pytest.raises(ValueError, match="fold for both"):
         make_lavin().fold(0).generate(make_batch([ROWS[0]]), 2, eos=2)
+
+
+def test_folded_steps_need_no_autocast():
+    model = make_lavin().to(torch.bfloat16)
+    for p in trainable(model).values():
+        p.data = p.data.float()
+    rows = make_batch(PROMPTS[::2])
+    answer = model.fold(1).generate(rows, 12, eos=-1, temperature=0.0)
+    ids = torch.tensor(answer)
+    with torch.no_grad(), model.autocast():  # the whole at once, as training sees it
+        z = torch.cat([model.embed(rows)[:1, : rows.lengths[0]], model.llama.tok_embeddings(ids[:1])], dim=1)
+        logits = model.llama.output(model.llama(z))[0, rows.lengths[0] - 1: -1].float()
+    chosen = logits.gather(1, ids[0, :, None])[:, 0]
+    assert (logits.max(-1).values - chosen).max() < 0.05 * logits.std()  # but for bf16's rounding, the likeliest token
 
 
 def test_pictures_do_not_depend_on_batch_mates(lavin):
@@ -155,6 +198,21 @@ def test_the_vit_sees_only_the_pictures_that_exist(lavin, monkeypatch):
     lavin(make_batch(ROWS))
     lavin(make_batch([r for r in ROWS if not r[2]]))
     assert seen == [2]
+
+
+def test_a_picture_that_several_samples_show_is_encoded_once(lavin, monkeypatch):
+    """In training for each of them: their dropout differs."""
+    seen, forward = [], lavin.vit.forward
+    monkeypatch.setattr(lavin.vit, "forward", lambda images, *a: seen.append(len(images)) or forward(images, *a))
+    batch = make_batch([(ids, 0, True) for ids in ([5, 9, 11], [8, 4], [20, 31, 7, 12])], pack=True)
+    shows = torch.tensor([1, 0, 1])
+    shared, apart = batch._replace(images=batch.images[:2], shows=shows), batch._replace(images=batch.images[shows])
+    with torch.no_grad():
+        assert close(lavin.embed(shared), lavin.embed(apart)) and seen == [2, 3]
+        assert torch.equal(lavin.embed(shared._replace(seen=lavin.look(shared), images=None)), lavin.embed(shared))
+        lavin.train()
+        seeds = torch.arange(3).repeat_interleave(batch.lengths)[None]
+        assert close(lavin.embed(shared._replace(seeds=seeds)), lavin.embed(apart._replace(seeds=seeds))) and seen[-2:] == [3, 3]
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
@@ -224,6 +282,25 @@ def test_dropout_in_training_only():
     alone = sum(model(make_batch([row], pack=True)._replace(seeds=torch.full((1, n), i))).item()
                 for i, (row, n) in enumerate(zip(ROWS, batch.lengths.tolist())))
     assert model(seeded).item() == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_a_compiled_step_gives_the_same_answers(lavin, monkeypatch):
+    """Traced in one piece, with static shapes and a cache read as a whole. Code is not generated: that takes a minute."""
+    compile, rows = torch.compile, make_batch(PROMPTS[::2])
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **kw: compile(f, backend="eager", **kw))
+    lavin.fold(1)
+    plain = lavin.generate(rows, 8, eos=2, temperature=0.0)
+    lavin.compile_step()
+    for _ in range(2):  # the second time behind what the first one left in the cache
+        assert lavin.generate(rows, 8, eos=2, temperature=0.0) == plain
+    assert len(lavin.caches) == 1
+
+
+def test_compiling_without_a_compiler_is_one_line(lavin, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="^--compile: there is no C.. compiler here; [^\n]*$"):
+        lavin.compile_step()
 
 
 def test_prompt_longer_than_the_context(lavin):

@@ -28,6 +28,15 @@ def test_demo(ask):
     assert "tokens/s" in err and "tiny/demo.png" in err
 
 
+def test_bandwidth_is_told_where_decoding_took_long_enough(ask, monkeypatch):
+    ticks = iter(range(10 ** 6))
+    assert "GB/s" not in ask()[1]
+    monkeypatch.setattr(sample, "bandwidth", lambda device, tries: (1e7, 2e7))
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: float(next(ticks)))  # a second a token
+    err = ask()[1]
+    assert "behind the first, 0.00 GB/s of weights and cache, 20% of the memory's" in err  # 4.2 MB of 20
+
+
 def test_text_with_and_without_options(ask):
     assert ask("--prompt", "What is the opposite of hot? (A) wet (B) old (C) cold")[0] == "The opposite of hot is cold. The answer is C.\n"
     assert ask("--prompt", "What is the capital of France?")[0].startswith("The capital of France is Paris.")
@@ -51,6 +60,15 @@ def test_chat_keeps_picture_and_history(ask, monkeypatch):
     answered = second.ids[len(first.ids):]
     assert out.splitlines()[0] == "The circle is red." and len(answered) > 10 and 2 in answered  # its EOS
     assert len(out.splitlines()) == 2
+
+
+def test_chat_looks_at_a_picture_once(ask, monkeypatch):
+    looked, look = [], sample.lavin.LaVIN.look
+    monkeypatch.setattr(sample.lavin.LaVIN, "look", lambda *a: looked.append(1) or look(*a))
+    questions = "What color is the circle?\n" * 3
+    out, _ = ask("--chat", "--image", "tiny/demo.png", stdin=f"{questions}/reset\n{questions}/image tiny/demo.png\n{questions}")
+    lines = out.splitlines()
+    assert len(looked) == 2 and lines[0] == "The circle is red." and lines[:3] == lines[3:6] == lines[6:]
 
 
 def test_chat_commands(ask, tmp_path):
