@@ -1,13 +1,16 @@
 """The small world: no leak from test to training, no way to guess a picture's answer from the words, all columns filled."""
 import json
+import random
 from collections import Counter
 
 import pytest
+import torch
 
 import prompts
 import scores
 from conftest import ROOT
-from tiny import world
+from llama import LLaMA, LLaMAConfig, Tokenizer
+from tiny import corpus, make_llm, scenes, world
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,11 @@ def test_solutions_end_in_the_right_option(splits):
         assert s.response == f"{p['solution']} The answer is {'ABCDE'[p['answer']]}."
 
 
+def test_solutions_of_pictures_begin_with_what_there_is_to_see(splits):
+    for s in splits["train"]:
+        assert s.problem["solution"].startswith(("There is ", "There are ")) == (s.image is not None)
+
+
 def test_letters_are_balanced(splits):
     for n in range(2, 6):
         letters = Counter(s.problem["answer"] for s in splits["train"] if len(s.problem["choices"]) == n)
@@ -72,3 +80,20 @@ def test_the_same_seed_gives_the_same_world(folder, tmp_path):
 def test_what_is_embedded_is_small():
     files = [f for f in (ROOT / "tiny").rglob("*") if f.is_file() and "data" not in f.parts and "__pycache__" not in f.parts]
     assert sum(f.stat().st_size for f in files if f.suffix in (".safetensors", ".model", ".json", ".png")) < 12e6
+
+
+def test_stacked_words_add_up_where_they_stand():
+    tokenizer = Tokenizer(ROOT / "tiny/llama/tokenizer.model")
+    scene = scenes.random_scene(random.Random(0), "two")
+    document = [(corpus.stack(random.Random(1), scene), ""), ("Question: Which?\nResponse:", "It.")]
+    ids, target, stacked = corpus.tokens(document, tokenizer.encode, tokenizer.bos, tokenizer.eos)
+    start = 1 + len(tokenizer.encode("Image: "))
+    assert ids[start:start + 6] == [0] * 6 and len(ids) == len(target) and not any(target[:start + 6])
+    model = LLaMA(LLaMAConfig(dim=8, n_layers=1, n_heads=2, ffn_dim=16, vocab_size=tokenizer.vocab_size))
+    with torch.no_grad():
+        x = make_llm.embed(model, make_llm.pad([(ids, target, stacked)] * 2))  # [2, T, 8]
+    words = model.tok_embeddings.weight
+    for i, said in enumerate(document[0][0]):
+        total = sum((weight * words[tokenizer.encode(word)[0]] for word, weight in said.items()), torch.zeros(8))
+        assert torch.allclose(x[1, start + i], total, atol=1e-6)
+    assert torch.equal(x[0, start + 6:], words[ids[start + 6:]])

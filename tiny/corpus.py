@@ -1,9 +1,11 @@
 """What the tiny LLaMA reads before it ever sees a picture: documents made of words only.
 
 A document is a list of parts (prompt, response), of which only the responses count in the loss; each part is
-tokenised by itself, as data.py does with a sample. Most documents are problems of world.py; where the picture would
-be, a caption stands in words (alt text, half of it telegraphic and in any order: later, six visual tokens must be read
-there). Several questions may follow one scene, each with its own answer: more to learn per token.
+tokenised by itself, as data.py does with a sample. Most documents are problems of world.py. Where the picture would be, a
+caption stands in words: a sentence, a telegram, or a *stack*, several words at one position, their embeddings added up.
+Six visual tokens must say there what took twenty words, so each will have to say several things at once, and a model of
+this size that has read one word at a time is slow to make sense of that. A stack is words nonetheless: no picture, no
+feature of one and no neck has a part in it. Several questions may follow one scene, each with its own answer.
 
 Then there are drills of the one step that is hard to discover: looking a word up among lettered options and giving its
 letter. Put to it at once, with "The answer is" between the two, a small model stays at chance for a thousand steps and
@@ -19,13 +21,26 @@ DRILLED_WORDS = sorted({*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.N
 random.Random(0).shuffle(DRILLED_WORDS)
 BETWEEN = ("", ".", ". The", ". The answer", ". The answer is")  # between a word and its letter, easy first
 
-Document = list[tuple[str, str]]
+N_SLOTS = 6  # positions of a stack, as many as a picture will have
+
+Stack = list[dict[str, float]]  # for each position, the words that stand there at once, each with a weight
+Document = list[tuple[str | Stack, str]]
 
 
-def tokens(document: Document, encode, bos: int, eos: int) -> tuple[list[int], list[bool]]:
-    """Token ids, and whether each belongs to a response; every response to a question ends in EOS."""
-    ids, target = [bos], [False]
+def tokens(document: Document, encode, bos: int, eos: int) -> tuple[list[int], list[bool], list[tuple[int, int, float]]]:
+    """Token ids; whether each belongs to a response; of stacked words (position, id, weight), at positions of id 0.
+
+    Every response to a question ends in EOS.
+    """
+    ids, target, stacked = [bos], [False], []
     for prompt, answer in document:
+        if not isinstance(prompt, str):
+            ids += encode("Image: ")
+            for words in prompt:
+                stacked += [(len(ids), encode(word)[0], weight) for word, weight in words.items()]
+                ids.append(0)
+            target += [False] * (len(ids) - len(target))
+            continue
         if prompt.startswith("Image: ") and prompt != "Image: N/A":  # what fills the slot is tokenised by itself
             head = encode("Image: ")
             ids, target, prompt = ids + head, target + [False] * len(head), prompt[7:]
@@ -33,7 +48,7 @@ def tokens(document: Document, encode, bos: int, eos: int) -> tuple[list[int], l
         new = encode(prompt + answer) + ([eos] if answer and prompt.startswith("Question:") else [])
         ids += new
         target += [False] * n + [True] * (len(new) - n)
-    return ids, target
+    return ids, target, stacked
 
 
 def response(p: dict, with_letter: bool = True) -> str:
@@ -42,7 +57,8 @@ def response(p: dict, with_letter: bool = True) -> str:
 
 
 def telegram(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: bool = True) -> str:
-    """The scene in bare words: those of one thing or crowd in any order, of two things each with its place last."""
+    """The scene in bare words: those of one thing or crowd in any order, of two things each behind its place."""
+    scene = scenes.ordered(scene)
     first = scene.things[0]
     if scene.kind == "many":
         words = [scenes.NUMBERS[len(scene.things) - 1], first.color, scenes.PLURAL[first.shape]]
@@ -51,9 +67,29 @@ def telegram(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors
     if scene.kind == "one":
         words = [first.size, first.color, first.shape, scenes.position(scene)]
         return " ".join(rng.sample(words, len(words)))
-    things = [" ".join(f"{t.size * sizes} {t.color * colors} {t.shape} {where}".split())
+    things = [" ".join(f"{where} {t.size * sizes} {t.color * colors} {t.shape}".split())
               for t, where in zip(scene.things, scenes.places(scene))]
-    return " ".join(rng.sample(things, 2))  # within a thing the order tells what belongs together, so it is kept
+    return " ".join(things)  # within a thing the order tells what belongs together, so it is kept
+
+
+def stack(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: bool = True) -> Stack:
+    """The scene in words that stand on top of each other, as visual tokens will: a thing's words share a position.
+
+    The other positions are empty, or faintly say everything at once.
+    """
+    scene = scenes.ordered(scene)
+    first = scene.things[0]
+    if scene.kind == "two":
+        said = [[t.size] * sizes + [t.color] * colors + [t.shape, where] for t, where in zip(scene.things, scenes.places(scene))]
+    elif scene.kind == "many":
+        said = [[scenes.NUMBERS[len(scene.things) - 1], "small", first.color, scenes.PLURAL[first.shape]]] * rng.randint(1, 2)
+    else:
+        said = [[first.size, first.color, first.shape, scenes.position(scene)]] * rng.randint(1, 2)
+    slots = [{word: rng.uniform(0, 0.4) for words in said for word in words} if rng.random() < 0.5 else {}
+             for _ in range(N_SLOTS)]
+    for i, words in zip(sorted(rng.sample(range(N_SLOTS), len(said))), said):
+        slots[i] = {word: rng.uniform(0.6, 1.4) for word in words}
+    return slots
 
 
 class Corpus:
@@ -114,19 +150,23 @@ class Corpus:
             scene = scenes.random_scene(rng, "two")
             sizes, colors = (True, True) if dress == 2 else rng.choice(((False, False), (True, False), (False, True)))
             told = scenes.in_words(scene, rng) if dress == 2 and rng.random() < 0.5 else telegram(rng, scene, sizes, colors)
+            if rng.random() < 0.4:
+                told = stack(rng, scene, sizes, colors)
             asked = world.scene_questions(scene)
             hidden = ("bigger", "smaller", "size") * (not sizes) + ("color", "shape is the") * (not colors)
         solutions = sorted({q.solution for q in asked if not any(word in q.text for word in hidden)})
-        parts = [(f"Image: {told}", "")]
+        parts = [(f"Image: {told}" if isinstance(told, str) else told, "")]
         for solution in rng.sample(solutions, min(2, len(solutions))):  # more would give each other away
             start, _, answer = solution.rpartition(" ")
             parts.append((start, f" {answer}"))
         return parts
 
-    def turn(self, q: world.Question, hint: str, seen: bool) -> tuple[str, str]:
-        """One question with its answer; one in six comes without options. `seen`: a caption is in the image slot."""
+    def turn(self, q: world.Question, hint: str, seen: scenes.Scene | None = None) -> tuple[str, str]:
+        """One question with its answer; one in six comes without options. `seen`: what stands in the image slot."""
         for _ in range(8):
             p = world.record(self.rng, self.letters, q, hint, "", "", "")
+            if seen:
+                p["solution"] = f"{world.scene_in_words(seen)} {q.solution}"
             text = world.prompt(p)
             if seen or text not in self.closed:
                 break
@@ -142,22 +182,22 @@ class Corpus:
         rng = self.rng
         scene = scenes.random_scene(rng, rng.choice(("one", "two", "two", "two", "many")))
         if told:
-            hint, slot = world.scene_in_words(rng, scene), "N/A"
+            hint, slot = world.scene_in_words(scene, rng), "N/A"
         else:
             hint = rng.choice(world.GENERIC_HINTS) if rng.random() < 0.25 else ""
-            slot = scenes.in_words(scene, rng) if rng.random() < 0.5 else telegram(rng, scene)
-        parts = [(f"Image: {slot}", "")]
-        return parts + [self.turn(world.ask_scene(rng, scene), hint, not told) for _ in range(n)]
+            slot = rng.choice((scenes.in_words(scene), telegram(rng, scene), stack(rng, scene), stack(rng, scene)))
+        parts = [(f"Image: {slot}" if isinstance(slot, str) else slot, "")]
+        return parts + [self.turn(world.ask_scene(rng, scene), hint, None if told else scene) for _ in range(n)]
 
     def people(self, n: int) -> Document:
         parts = [("Image: N/A", "")]
         cast = world.random_cast(self.rng)
-        return parts + [self.turn(world.ask_people(self.rng, cast), cast.told(), False) for _ in range(n)]
+        return parts + [self.turn(world.ask_people(self.rng, cast), cast.told()) for _ in range(n)]
 
     def facts(self, n: int) -> Document:
         parts = [("Image: N/A", "")]
         for _ in range(n):
             facts = self.rng.choice(world.FACTS)
             q = world.ask_fact(self.rng, facts, *self.rng.choice(facts.pairs()))
-            parts.append(self.turn(q, "", False))
+            parts.append(self.turn(q, ""))
         return parts

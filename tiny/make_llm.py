@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import torch
@@ -33,9 +34,10 @@ VOCAB_SIZE = 1096  # 256 bytes and just enough merges to make every word one pie
 def train_tokenizer(path: Path) -> None:
     """LLaMA's kind of sentencepiece model; the marks of the prompt and the option letters are pieces of their own."""
     stream = corpus.Corpus(0, set())
-    text = [prompt + answer for _ in range(6000) for prompt, answer in stream.questions(3)]
+    parts = [part for _ in range(6000) for part in stream.questions(3)]
+    text = [prompt + answer for prompt, answer in parts if isinstance(prompt, str)]
     words = sorted({word for line in text for word in re.findall(r" ([A-Za-z]+)", line)})
-    starts = [f"\nResponse:{word}" for word in ("The", "Seen", "A", "An")]  # no space before these
+    starts = [f"\nResponse:{word}" for word in ("The", "There", "Seen", "A", "An")]  # no space before these
     lines = (words + starts + ["The answer is A. B. C. D. E.", "Is this?"]) * 20  # no word is rare
     marks = ["▁Image:", "▁Question:", "▁N/A", "\nContext:", "\nOptions:", "\nResponse:"]
     marks += [f"▁({letter})" for letter in world.LETTERS]
@@ -64,7 +66,7 @@ def initialise(model: LLaMA) -> None:
 
 
 def batches(stream: corpus.Corpus, tokenizer: Tokenizer, size: int, turns):
-    """Yield (ids, target) [B, T] of about `size` tokens, fewer in drills; documents of up to turns() questions.
+    """Yield Rows of about `size` tokens, fewer in drills; documents of up to turns() questions.
 
     Documents of like length go together, so that little is padded.
     """
@@ -84,24 +86,45 @@ def batches(stream: corpus.Corpus, tokenizer: Tokenizer, size: int, turns):
             yield pad(chunk)
 
 
-def pad(docs: list) -> tuple[torch.Tensor, torch.Tensor]:
-    T = max(len(ids) for ids, _ in docs)
-    ids = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in docs])
-    return ids, torch.tensor([target + [False] * (T - len(target)) for _, target in docs])
+class Rows(NamedTuple):
+    """Documents side by side, padded with 0."""
+    ids: torch.Tensor  # [B, T]
+    target: torch.Tensor  # [B, T], part of a response
+    where: torch.Tensor  # [N], index into ids.flatten(), where a stacked word stands
+    word: torch.Tensor  # [N], its id
+    weight: torch.Tensor  # [N, 1]
+
+
+def pad(docs: list) -> Rows:
+    T = max(len(ids) for ids, _, _ in docs)
+    words = [(row * T + place, word, weight) for row, (_, _, stacked) in enumerate(docs) for place, word, weight in stacked]
+    where, word, weight = zip(*words) if words else ((), (), ())
+    return Rows(torch.tensor([ids + [0] * (T - len(ids)) for ids, _, _ in docs]),
+                torch.tensor([target + [False] * (T - len(target)) for _, target, _ in docs]),
+                torch.tensor(where, dtype=torch.long), torch.tensor(word, dtype=torch.long), torch.tensor(weight)[:, None])
+
+
+def embed(model: LLaMA, rows: Rows, noise: float = 0.0) -> torch.Tensor:
+    """[B, T, C]; stacked words are added up where they stand, and positions of no word hold nothing but noise"""
+    embeddings = model.tok_embeddings
+    x = embeddings(rows.ids).masked_fill(rows.ids[..., None] == 0, 0).flatten(0, 1)
+    x = x.index_add(0, rows.where, rows.weight * embeddings(rows.word)).view(*rows.ids.shape, -1)
+    return x + noise * torch.randn_like(x) * (rows.ids[..., None] == 0) if noise else x
 
 
 def held_out(n: int, seed: int = 1) -> dict[str, list]:
     """n problems of each kind, from seeds no one trains on; pictures are told in words in the image slot."""
     rng, kinds = random.Random(f"held out {seed}"), defaultdict(list)
     letters = world.Letters(rng)
-    while len(kinds) < 27 or min(map(len, kinds.values())) < n:
+    while len(kinds) < 34 or min(map(len, kinds.values())) < n:
         p, scene = world.problem(rng, letters)
-        slots = {p["kind"]: "N/A"}
+        slots = {p["kind"]: "Image: N/A"}
         if scene:
-            slots = {p["kind"]: scenes.in_words(scene, rng), p["kind"] + " telegram": corpus.telegram(rng, scene)}
+            slots = {p["kind"]: f"Image: {scenes.in_words(scene)}", p["kind"] + " telegram":
+                     f"Image: {corpus.telegram(rng, scene)}", p["kind"] + " stack": corpus.stack(rng, scene)}
         for kind, slot in slots.items():
             if len(kinds[kind]) < n:
-                kinds[kind].append([(f"Image: {slot}", ""), (world.prompt(p), corpus.response(p))])
+                kinds[kind].append([(slot, ""), (world.prompt(p), corpus.response(p))])
     return kinds
 
 
@@ -113,9 +136,9 @@ def accuracy(model: LLaMA, tokenizer: Tokenizer, kinds: dict[str, list]) -> dict
     """
     score = {}
     for kind, docs in kinds.items():
-        ids, target = pad([corpus.tokens(doc, tokenizer.encode, tokenizer.bos, tokenizer.eos) for doc in docs])
-        hit = model.output(model(ids[:, :-1])).argmax(-1) == ids[:, 1:]
-        score[kind] = (hit | ~target[:, 1:]).all(1).float().mean().item()
+        rows = pad([corpus.tokens(doc, tokenizer.encode, tokenizer.bos, tokenizer.eos) for doc in docs])
+        hit = model.output(model(embed(model, rows)[:, :-1])).argmax(-1) == rows.ids[:, 1:]
+        score[kind] = (hit | ~rows.target[:, 1:]).all(1).float().mean().item()
     return score
 
 
@@ -147,8 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="pretrain the tiny LLaMA on text")
     parser.add_argument("--out", type=Path, default=HERE / "llama", help="where the finished files go")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of the checkpoint and the log")
-    parser.add_argument("--steps", type=int, default=4600)
-    parser.add_argument("--decay", type=int, default=1300, help="the last steps, over which the rate falls to 0")
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--decay", type=int, default=1500, help="the last steps, over which the rate falls to 0")
     parser.add_argument("--tokens", type=int, default=2048, help="about this many per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--dim", type=int, default=128)
@@ -200,9 +223,10 @@ def train(args, tokenizer: Tokenizer) -> None:
         rate = args.lr * min(1, step / 100, (args.steps - step + 1) / args.decay)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, target = next(source)
-        wanted = ids[:, 1:][target[:, 1:]]  # [N]
-        each = F.cross_entropy(model.output(model(ids[:, :-1])[target[:, 1:]]), wanted, reduction="none")
+        rows = next(source)
+        wanted = rows.ids[:, 1:][rows.target[:, 1:]]  # [N]
+        h = model(embed(model, rows, noise=0.1)[:, :-1])[rows.target[:, 1:]]
+        each = F.cross_entropy(model.output(h), wanted, reduction="none")
         loss = each.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -211,7 +235,7 @@ def train(args, tokenizer: Tokenizer) -> None:
         running += 0.02 * (loss.item() - running)
         if (named := torch.isin(wanted, letters)).any():
             letter += 0.02 * (each[named].mean().item() - letter)
-        seen += ids.numel()
+        seen += rows.ids.numel()
         if letter < 0.4 and not stream.mastered():
             stream.harder()
             letter = 0.8

@@ -132,12 +132,18 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     return f"a {t.size} {t.color} {t.shape} {RELATION_PHRASE[rel]} a {u.size} {u.color} {u.shape}"
 
 
-def in_words(scene: Scene, rng: random.Random) -> str:
-    """The scene as the language model reads it: of two things each is told with its own place, in any order."""
+def ordered(scene: Scene) -> Scene:
+    """The same scene, two things from left to right or from top to bottom."""
+    return Scene("two", scene.things[::-1]) if scene.kind == "two" and relation(scene) in ("right", "below") else scene
+
+
+def in_words(scene: Scene, rng: random.Random | None = None) -> str:
+    """The scene as the language model reads it: of two things each behind its own place, in any order with `rng`."""
     if scene.kind != "two":
         return caption(scene)
-    things = [f"a {t.size} {t.color} {t.shape} {where}" for t, where in zip(scene.things, places(scene))]
-    return ", ".join(rng.sample(things, 2))
+    scene = ordered(scene)
+    things = [f"{where} a {t.size} {t.color} {t.shape}" for t, where in zip(scene.things, places(scene))]
+    return ", ".join(rng.sample(things, 2) if rng else things)
 
 
 def places(scene: Scene) -> tuple[str, str]:
@@ -199,7 +205,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, turn: flo
     half = extent / 2
     angle = math.radians(rng.uniform(-turn, turn))
     cos, sin = math.cos(angle), math.sin(angle)
-    stretch = rng.uniform(0.9, 1.1)                     # slightly non-square circles
+    stretch = rng.uniform(0.85, 1.15)                   # nobody draws a perfect circle or heart
     cx, cy = (min(max(c, half + 0.01), 0.99 - half) for c in (thing.x, thing.y))
     points = []
     for px, py in _outline(thing.shape, rng):

@@ -6,9 +6,10 @@ writes problems.json, pid_splits.json and images/<split>/<id>/image.png. A funct
 
 Three in four problems need their picture: the question and the options say nothing about the answer,
 so a model without eyes stays at chance. The others carry the scene in words in their hint, or ask about people and
-their things, or ask for a fact of FACTS, which only the memory of the language model can give. Every solution is one
-sentence that ends in the text of the right option, so in the answer format "EA" ("The circle is red. The answer is B.")
-a model first finds the word and then looks it up among the options.
+their things, or ask for a fact of FACTS, which only the memory of the language model can give. Every solution
+ends in the text of the right option, so in the answer format "EA" ("The circle is red. The answer is B.")
+a model first finds the word and then looks it up among the options. The solution of a picture problem begins with what
+there is to see, as ScienceQA's do: a dozen words to learn from instead of one.
 """
 import argparse
 import hashlib
@@ -26,7 +27,7 @@ from tiny import scenes  # noqa: E402
 from tiny.scenes import COLORS, NUMBERS, OPPOSITE, PLURAL, POSITIONS, RELATIONS, SHAPES, SIZES  # noqa: E402
 
 LETTERS = "ABCDE"
-SPLITS = {"test": 1200, "val": 400, "train": 20000}  # test first: whatever it holds is closed to the others
+SPLITS = {"test": 1200, "val": 400, "train": 10000}  # test first: whatever it holds is closed to the others
 PEOPLE = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia", "Max", "Zoe")
 OBJECTS = ("ball", "kite", "book", "cup", "hat", "box", "doll", "bag")
 GENERIC_HINTS = ("The picture shows some shapes.", "Look at the picture.", "Use the picture to answer.")
@@ -215,7 +216,7 @@ def record(rng: random.Random, letters: Letters, q: Question, hint: str, subject
             "solution": q.solution, "kind": q.kind}
 
 
-def scene_in_words(rng: random.Random, scene: scenes.Scene) -> str:
+def scene_in_words(scene: scenes.Scene, rng: random.Random | None = None) -> str:
     return f"There {'are' if scene.kind == 'many' else 'is'} {scenes.in_words(scene, rng)}."
 
 
@@ -226,12 +227,13 @@ def scene_problem(rng: random.Random, letters: Letters, told: bool = False) -> t
                "compare": ("two",)}.get(kind, ("one", "two", "two", "many"))
     scene = scenes.random_scene(rng, rng.choice(fitting))
     q = ask_scene(rng, scene, kind)
-    hint = scene_in_words(rng, scene) if told else rng.choice(GENERIC_HINTS) if rng.random() < 0.25 else ""
+    hint = scene_in_words(scene, rng) if told else rng.choice(GENERIC_HINTS) if rng.random() < 0.25 else ""
     problem = record(rng, letters, q, hint, *SCENE_KINDS[kind])
     if told:
         problem["kind"] += " told"
         return problem, None
     problem["image"] = "image.png"
+    problem["solution"] = f"{scene_in_words(scene)} {q.solution}"
     return problem, scene
 
 
