@@ -5,7 +5,7 @@ BIN = .venv/bin
 .PHONY: demo test clean
 
 demo: .venv/ready  ## train the adapters on the small world, print Table 1's columns, ask two questions
-	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node 2 train.py  # two processes beat two threads
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node 2 train.py --device cpu  # two processes beat two threads
 	$(BIN)/python sample.py --adapters out/adapters.safetensors
 	$(BIN)/python sample.py --adapters out/adapters.safetensors --prompt "What is the opposite of hot? (A) wet (B) old (C) cold"
 

@@ -8,7 +8,6 @@ Shapes: B samples, T tokens, d width of the host model, r hidden width of the ad
 """
 import functools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,15 +80,16 @@ def fused(f):
     return torch.compile(f, dynamic=True)
 
 
-# splitmix64 (Steele, Lea and Flood, 2014): the n-th number of a seed's stream, without those before it
+# after splitmix64 (Steele, Lea and Flood, 2014; torch's shifts are signed): the n-th number of a seed's stream, without
+# those before it
 GOLDEN, MIX_1, MIX_2 = (x - 2 ** 64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
 
 
-def survivors(seeds: torch.Tensor, positions: torch.Tensor, cfg: "AdapterConfig", first: int, layers: int
+def survivors(seeds: torch.Tensor, positions: torch.Tensor, cfg: AdapterConfig, first: int, layers: int
               ) -> list[torch.Tensor | None]:
     """Dropout's mask [.., r] for each of `layers` adapters, the first of which is number `first` of the whole model.
 
-    seeds, positions (int64, of like shape): of the sample that a token belongs to, and of the token in it. A unit is
+    seeds, positions (int64, shapes that broadcast): of the sample that a token belongs to, and of the token in it. A unit is
     dropped with probability p by a function of (seed, position, layer, unit): which ranks and micro-batches a step is
     spread over, resuming, and working it out a second time for the backward, all change nothing.
     """
@@ -182,6 +182,8 @@ class MMAdapter(nn.Module):
 def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
     """the LLaMA adapter that cfg.kind names; ValueError lists the known kinds"""
     kinds = {"mm": MMAdapter, "rep": RepAdapter}
+    if cfg.dim < 2 or cfg.dim % 2:
+        raise ValueError(f"adapter width {cfg.dim}: expected an even number, for phi_u's two groups")
     if cfg.kind not in kinds:
         raise ValueError(f"unknown adapter kind {cfg.kind!r}; known: {', '.join(kinds)}")
     return kinds[cfg.kind](d, cfg)
@@ -192,7 +194,7 @@ def fold(linears: list[nn.Linear], adapter: nn.Module, w: torch.Tensor | None) -
     """One Linear that does what `linears`, side by side, do behind `adapter` at routing weights w [2].
 
     Structural re-parameterisation: an adapter is affine, so W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b),
-    exactly.
+    exactly, up to the rounding of W's dtype.
     """
     if isinstance(adapter, MMAdapter):
         U = w[0] * adapter.phi_u1.dense() + w[1] * adapter.phi_u2.dense()  # [d, r]

@@ -42,6 +42,11 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
 
     asked.sort(key=order)
     first = sum(e.n_slots == 0 for e in asked)
+    # the cache of a batch takes half of what is free at most
+    slot = 2 * model.llama.cfg.n_layers * model.llama.cfg.dim * model.llama.norm.weight.itemsize
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 8e9
+    most = max((len(e.ids) for e in asked), default=0) + max_new_tokens
+    batch_size = max(1, min(batch_size, int(free / 2 / (slot * most))))
     starts = [*range(0, first, batch_size), *range(first, len(asked), batch_size)]
     size, texts, started = model.vit.cfg.image_size if model.vit else 0, {}, time.time()
 

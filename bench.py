@@ -314,9 +314,7 @@ def main() -> None:
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
     cfg = cli.parse(Config, argv=flags)
-    for flag, least in (("batch_size", 1), ("micro_batch", 1), ("burn_in", 0), ("steps", 1), ("layers", 0), ("new_tokens", 2)):
-        if getattr(cfg, flag) < least:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)}: at least {least} is needed")
+    cli.at_least(cfg, batch_size=1, micro_batch=1, burn_in=0, steps=1, layers=0, new_tokens=2)
     if cfg.vs not in ("", "hf"):
         raise ValueError(f"unknown --vs {cfg.vs!r}; known: hf")
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)

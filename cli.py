@@ -55,6 +55,13 @@ def run(main) -> None:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
 
 
+def at_least(cfg, **bounds: float) -> None:
+    """ValueError if a flag is below its bound"""
+    for flag, least in bounds.items():
+        if getattr(cfg, flag) < least:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)}: at least {least} is needed")
+
+
 def pick_device(device: str, dtype: str) -> tuple:
     """("auto" or a torch device, "auto", "fp32" or "bf16") -> both; auto is CUDA in bf16, else the CPU in fp32"""
     import torch  # here: scoring a predictions file does without it

@@ -43,6 +43,13 @@ def from_name(name: str) -> CLIPConfig:
     return PRESETS[name]
 
 
+class LayerNorm(nn.LayerNorm):
+    """in fp32 under CUDA's autocast, which would leave its result in fp32 too, and with it every x behind it"""
+
+    def forward(self, x):
+        return super().forward(x).type_as(x)
+
+
 class Attention(nn.Module):
     """q, k, v fused in one matrix, under the names of torch's MultiheadAttention, which OpenAI used"""
 
@@ -79,9 +86,9 @@ def quick_gelu(x):
 class Block(nn.Module):
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.width)
+        self.ln_1 = LayerNorm(cfg.width)
         self.attn = Attention(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.width)
+        self.ln_2 = LayerNorm(cfg.width)
         self.mlp = MLP(cfg)
         self.adapter_attn = None  # an MMAdapter, once LaVIN puts it here
         self.routing = "cls"
@@ -116,9 +123,9 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, cfg.width, cfg.patch_size, cfg.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(cfg.width) * cfg.width ** -0.5)
         self.positional_embedding = nn.Parameter(torch.randn(1 + patches, cfg.width) * cfg.width ** -0.5)
-        self.ln_pre = nn.LayerNorm(cfg.width)
+        self.ln_pre = LayerNorm(cfg.width)
         self.transformer = Transformer(cfg)
-        self.ln_post = nn.LayerNorm(cfg.width)  # CLIP's own head reads it; LaVIN does not
+        self.ln_post = LayerNorm(cfg.width)  # CLIP's own head reads it; LaVIN does not
 
     @property
     def n_cls(self) -> int:

@@ -65,7 +65,7 @@ class Batch(NamedTuple):
     modality: torch.Tensor  # 1 with a picture: [B, 1], packed [1, T]
     slots: torch.Tensor  # [N n_cls], where the tokens of the pictures go
     images: torch.Tensor | None  # [N, 3, H, W], each once, however many samples show it
-    shows: torch.Tensor | None  # [samples with a picture], which of the images that is
+    shows: torch.Tensor  # [samples with a picture], which of the images that is; empty beside `seen`
     lengths: torch.Tensor  # [samples]
     positions: torch.Tensor | None = None  # packed: [1, T], place of each token in its own sequence
     packed: list[int] | None = None  # packed: the lengths once more, known without asking the device

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 import data
 from lavin import IMAGE, LaVIN
-from llama import LLaMA
+from llama import LLaMA, Linear
 from machine import bandwidth
 
 Answer = Callable[[], tuple[list[int], list[float]]]  # -> tokens, and when each had reached the CPU
@@ -25,10 +25,14 @@ def twin(model: LaVIN) -> LaVIN:
 
 
 def bare(model: LaVIN) -> LaVIN:
-    """the same without LLaMA's adapters"""
+    """the same without LLaMA's adapters; q, k and v in one product, as folding leaves them, or two things would be compared"""
     model = twin(model)
     for layer in model.llama.layers:
-        layer.adapter_attn = None
+        a, layer.adapter_attn = layer.attention, None
+        W = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight])
+        a.wqkv = Linear(*W.shape[::-1], bias=False, device="meta")
+        a.wqkv.weight = nn.Parameter(W, requires_grad=False)
+        a.wq = a.wk = a.wv = None
     model.folded = {IMAGE: []}  # nothing to put in, and nothing to route
     return model
 

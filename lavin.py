@@ -9,8 +9,6 @@ Shapes: B samples, T tokens, C LLM width, N pictures among the B samples, n [cls
 L LLaMA layers, V vocabulary.
 """
 import hashlib
-import os
-import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -26,6 +24,7 @@ import weights
 from adapters import AdapterConfig, MMAdapter
 from clip import VisionTransformer
 from llama import KVCache, LLaMA
+from machine import need_compiler
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
 
@@ -77,7 +76,7 @@ class NegativeLogLikelihood(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         (grad,) = ctx.saved_tensors
-        return grad * d_loss.to(grad.dtype), None, None
+        return (grad.float() * d_loss).to(grad.dtype), None, None
 
 
 class LaVIN(nn.Module):
@@ -141,8 +140,9 @@ class LaVIN(nn.Module):
         return self.adapter_proj(self.vit(batch.images))[batch.shows]
 
     def seeds(self, batch, where=slice(None)) -> torch.Tensor | None:
-        """for dropout, the seed of the sample that each of these tokens belongs to; None when not training"""
-        return batch.seeds.flatten()[where] if self.training and batch.seeds is not None else None
+        """for dropout, the seed of the sample that each of these tokens belongs to; None where there is no dropout"""
+        dropout = self.training and self.cfg.adapter.dropout > 0 and batch.seeds is not None
+        return batch.seeds.flatten()[where] if dropout else None
 
     # -----------------------------------------------------------------------------------------------
     # training
@@ -193,8 +193,7 @@ class LaVIN(nn.Module):
     def compile_step(self) -> "LaVIN":
         """Have torch compile the step of one token, on a GPU into a CUDA graph; the first answers wait for it. ValueError
         without a compiler. What is compiled is called with the very same tensors: caches are kept, and read as a whole."""
-        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise ValueError("--compile: there is no C++ compiler here; install g++, or leave --compile out")
+        need_compiler()
         warnings.filterwarnings("ignore", message=".*complex operators")  # `rotate` stays as it is, the rest is compiled
         self.compiled = torch.compile(self.step, mode="reduce-overhead", dynamic=False, fullgraph=True)
         return self
@@ -203,9 +202,9 @@ class LaVIN(nn.Module):
         make = lambda S: KVCache(self.llama.cfg, B, S, self.device, self.llama.norm.weight.dtype)
         if self.compiled is None:
             return make(S)
-        S = -(-S // 256) * 256  # so that there is little to compile
+        S = max(256, 1 << (S - 1).bit_length())  # a power of two, so that little is compiled, and the last one only
         if (B, S) not in self.caches:
-            self.caches[B, S] = make(S)
+            self.caches = {(B, S): make(S)}
             for x in (self.caches[B, S].k, self.caches[B, S].v):
                 torch._dynamo.mark_static_address(x)  # a CUDA graph writes to it in place
         return self.caches[B, S]
@@ -223,6 +222,8 @@ class LaVIN(nn.Module):
         same random number at a step, so it does not matter who its neighbours are. temperature 0 is greedy. ValueError
         if a prompt does not fit the context.
         """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"--temperature {temperature} --top_p {top_p}: expected at least 0, and a share above 0")
         longest = int(batch.lengths.max())
         room = self.llama.cfg.max_seq_len - longest
         if room < 1:

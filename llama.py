@@ -39,7 +39,7 @@ class LLaMAConfig:
 PRESETS = {
     "7B": LLaMAConfig(),
     "13B": LLaMAConfig(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
-    "tiny": LLaMAConfig(dim=128, n_layers=4, n_heads=4, ffn_dim=352, vocab_size=1000, norm_eps=1e-5,
+    "tiny": LLaMAConfig(dim=128, n_layers=4, n_heads=8, ffn_dim=352, vocab_size=1096, norm_eps=1e-5,
                         rope_theta=100.0, max_seq_len=256),
 }
 
@@ -207,11 +207,12 @@ class LLaMA(nn.Module):
         keep = [None] * len(self.layers)
         if seeds is not None:
             keep = survivors(seeds, positions, self.layers[0].adapter_attn.cfg, 0, len(self.layers))
+        again = self.checkpoint and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             w = None if routing is None else routing[i]
             kv = None if cache is None else (cache.k[i, :, :, :filled], cache.v[i, :, :, :filled])
             args = x, w, rope, keep[i], lengths, at, kv, mask
-            x = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if self.checkpoint else layer(*args)
+            x = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if again else layer(*args)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:

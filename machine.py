@@ -1,4 +1,6 @@
-"""What this machine does at its best: the ceilings that bench.py and sample.py put their own speed beside."""
+"""What this machine has and can do at its best: the ceilings that bench.py and sample.py put their own speed beside."""
+import os
+import shutil
 import time
 from typing import Callable
 
@@ -6,7 +8,7 @@ import torch
 
 
 def seconds(f: Callable, device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
     f()
@@ -27,7 +29,13 @@ def bandwidth(device: torch.device, tries: int = 10) -> tuple[float, float]:
     Decoding reads; but a sum is arithmetic too, so that on some machines a copy is the faster of the two. What there is
     to use is the better one.
     """
-    a = torch.zeros(2 ** (30 if device.type == "cuda" else 25), device=device)  # no cache holds 128 MB
+    a = torch.zeros(2 ** (26 if device.type == "cuda" else 25), device=device)  # no cache holds 256 or 128 MB
     b = torch.ones_like(a)
     return (2 * a.nbytes / min(seconds(lambda: a.copy_(b), device) for _ in range(tries)),
             b.nbytes / min(seconds(b.sum, device) for _ in range(tries)))
+
+
+def need_compiler() -> None:
+    """ValueError where torch.compile would fail half a page long"""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError("--compile: there is no C++ compiler here; install g++, or leave --compile out")

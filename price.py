@@ -100,7 +100,9 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
     c, r = model.llama.cfg, model.cfg.adapter.dim
     d, L = c.dim, c.n_layers
     block = 4 * d * d + 3 * d * c.ffn_dim  # weights of a block's seven products
-    down, up = r, 2 * r + 2  # an adapter's two products, per unit of width
+    mm = model.cfg.adapter.kind == "mm"
+    down, both = r, 2 * r + 2  # an adapter's two products, per unit of width: phi_d, and both phi_u with their biases
+    up = both if mm else r
     lines = {
         # a frozen product: 2 a weight and token forward, 2 for the gradient of its input, none for the weights'
         "LLaMA": 4 * L * block * load.tokens,
@@ -114,7 +116,7 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         "adapters": d * load.tokens * (L * 8 * (down + up) - 2 * down * (not load.pictures)),
         # t_m, both of them, once a forward through all but the attention matrix (v, o, the FFN; kept for the backward), and
         # the routers' [d, 2] products. Behind the last router nothing has a gradient
-        "modality tokens": load.forwards * 2 * (12 * L * d + 2 * (3 * L - 2) * d * (down + up) +
+        "modality tokens": mm * load.forwards * 2 * (12 * L * d + 2 * (3 * L - 2) * d * (down + up) +
                                                 2 * (2 * L - 1) * (block - 2 * d * d)),
     }
     if checkpoint:  # the blocks' forward once more, up to what enters the last product, f to d
@@ -131,7 +133,7 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         h = model.cfg.neck_dim
         lines["adapters"] += load.pictures * n * (6 * h * d + (6 if joint else 4) * C * h)
         if joint:  # as in LLaMA, and a router on [cls]; before the first block there is nothing to send a gradient to
-            lines["adapters"] += load.pictures * C * (v.layers * (8 * (down + up) * t + 16) - 2 * down * t - 4)
+            lines["adapters"] += load.pictures * C * (v.layers * (8 * (down + both) * t + 16) - 2 * down * t - 4)
     return lines
 
 

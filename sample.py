@@ -79,8 +79,10 @@ class Conversation:
         """[BOS] "Image: .." [earlier turns] prompt; the oldest turns go when the context is full."""
         sample = data.Sample("prompt", prompt, "", self.image, {})
         e = data.encode(sample, self.tokenizer, self.model.vit.n_cls if self.image else 0)
-        n, dropped = e.slot + e.n_slots, 0
-        while self.turns and len(e.ids) + sum(map(len, self.turns)) + max_new_tokens > self.model.llama.cfg.max_seq_len:
+        n, dropped, context = e.slot + e.n_slots, 0, self.model.llama.cfg.max_seq_len
+        if len(e.ids) >= context:
+            raise ValueError(f"the prompt has {len(e.ids)} tokens; this LLaMA's context holds {context}, answer included")
+        while self.turns and len(e.ids) + sum(map(len, self.turns)) + max_new_tokens > context:
             self.turns.pop(0)
             dropped += 1
         if dropped:

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from adapters import AdapterConfig, trainable
 from clip import MEAN_STD, VisionTransformer
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, Tokenizer
+from machine import need_compiler
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Config:
     dropout: float = 0.1  # inside the adapters
     normalize: str = "imagenet"  # mean/std of the pictures: imagenet or clip
     # data
-    format: str = "QCM-ALE"  # prompt - response, see data.py
+    format: str = "QCM-ALE"  # prompt - response, see prompts.py
     captions: bool = False  # append captions.json to the hints
     max_len: int = 512  # tokens; longer samples are cut
     # optimisation
@@ -101,9 +103,9 @@ def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.o
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)
 
 
-def save_checkpoint(path: Path, model: LaVIN, optimizer, step: int, cfg: Config) -> None:
-    """Whole or not at all: written beside, flushed to disk, renamed."""
-    state = {"step": step, "config": dataclasses.asdict(cfg), "optimizer": optimizer.state_dict(),
+def save_checkpoint(path: Path, model: LaVIN, optimizer, step: int, cfg: Config, given: dict) -> None:
+    """Whole or not at all: written beside, flushed to disk, renamed. given: what the run was given to work on."""
+    state = {"step": step, "config": dataclasses.asdict(cfg), "given": given, "optimizer": optimizer.state_dict(),
              "adapters": {n: p.detach() for n, p in trainable(model).items()}}
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as f:
@@ -118,7 +120,7 @@ FIXED = ("vision", "vit_adapters", "adapter", "adapter_dim", "scale", "tau", "dr
          "captions", "max_len", "epochs", "warmup", "batch_size", "lr", "weight_decay", "beta2", "clip_grad", "seed")
 
 
-def load_checkpoint(path: Path, model: LaVIN, optimizer, cfg: Config) -> int:
+def load_checkpoint(path: Path, model: LaVIN, optimizer, cfg: Config, given: dict) -> int:
     """-> the number of steps done"""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume from; run without --resume first")
@@ -130,6 +132,9 @@ def load_checkpoint(path: Path, model: LaVIN, optimizer, cfg: Config) -> int:
         if state["config"][name] != getattr(cfg, name):
             raise ValueError(f"--resume: the checkpoint was trained with --{name} {state['config'][name]}, "
                              f"not {getattr(cfg, name)}")
+    for name, value in given.items():
+        if state["given"][name] != value:
+            raise ValueError(f"--resume: the checkpoint was trained with {name} {state['given'][name]}, not {value}")
     with torch.no_grad():
         for name, p in trainable(model).items():
             p.copy_(state["adapters"][name])
@@ -141,7 +146,9 @@ class Log:
     """One line an interval on stderr, the same in log.jsonl. Steps leave their sums on the device until then."""
 
     def __init__(self, path: Path, total: int, first: int):
-        self.file = open(path, "a", buffering=1)
+        rows = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        path.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= first))
+        self.file = open(path, "a", buffering=1)  # steps that a killed run took behind its checkpoint are told once more
         self.total, self.first, self.started, self.sums, self.tokens = total, first, time.time(), [], 0
         self.since = self.started
 
@@ -158,7 +165,7 @@ class Log:
                "grad_norm": round(norms[-1].sqrt().item(), 4), "tokens_per_s": round(self.tokens / (now - self.since)),
                "eta": cli.clock((now - self.started) / (step - self.first) * (self.total - step))}
         if device.type == "cuda":
-            row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            row["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
         print(f"step {step}/{self.total} | loss {row['loss']:.4f} | lr {lr:.2e} | grad norm {row['grad_norm']:.3f} | "
               f"{row['tokens_per_s']} tokens/s | " + (f"{row['memory_gb']} GB | " if "memory_gb" in row else "") +
               f"ETA {row['eta']}", file=sys.stderr)
@@ -191,6 +198,14 @@ def report_bad_loss(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
                          "last checkpoint: --resume with a lower --lr (a new run) or --clip_grad 1, or look at these samples")
 
 
+def read(loader: torch.utils.data.DataLoader):
+    """what it yields; a mistake in the data that a worker found, without the worker's traceback around it"""
+    try:
+        yield from loader
+    except (ValueError, OSError) as e:
+        raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
 def test(cfg: Config, model: LaVIN, tokenizer: Tokenizer, samples: list, rank: int, ranks: int) -> None:
     """Answer the problems, each rank a share; write predictions.json and scores.json, print the nine columns."""
     texts = answers.answer(model.eval(), tokenizer, samples[rank::ranks], cfg.max_new_tokens, progress=rank == 0,
@@ -207,18 +222,14 @@ def test(cfg: Config, model: LaVIN, tokenizer: Tokenizer, samples: list, rank: i
         print(scores.scienceqa_table(result))
 
 
-def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
-    main = rank == 0
-    say = (lambda *a: print(*a, file=sys.stderr)) if main else (lambda *a: None)
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    # data and model
+def prepare(cfg: Config, device, dtype, say: Callable) -> tuple[LaVIN, Tokenizer, list[data.Example], list]:
+    """model, tokenizer, what to train on, the problems to answer at the end"""
     mixture = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision)) for source in prompts.mixture(cfg.data)]
     tested = next((source for source, _ in mixture if source.kind == "scienceqa" and cfg.split), None)
     tests = tested.read(cfg.split, cfg.format, cfg.captions, cfg.vision) if tested else []
+    if tests:
+        say(f"{len(tests)} problems of the {cfg.split} split of {tested.path} will be answered at the end")
     model, tokenizer = build(cfg, device, dtype)
-    params = trainable(model)
     examples = []
     for source, samples in mixture:
         kept, count = data.encode_all(samples, tokenizer, model.vit.n_cls if model.vit else 0, cfg.max_len)
@@ -226,6 +237,16 @@ def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
         examples += kept
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within {cfg.max_len} tokens")
+    return model, tokenizer, examples, tests
+
+
+def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
+    main = rank == 0
+    say = (lambda *a: print(*a, file=sys.stderr)) if main else (lambda *a: None)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
+    params = trainable(model)
     steps = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed,
                        model.vit.cfg.image_size if model.vit else 0, cfg.normalize)
     total = max(1, round(cfg.epochs * steps.per_epoch))
@@ -241,16 +262,15 @@ def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
     for p, g in zip(params.values(), flat[:-1].split([p.numel() for p in params.values()])):
         p.grad = g.view_as(p)
     optimizer = optimizer_for(params, cfg)
-    first = load_checkpoint(out / "checkpoint.pt", model, optimizer, cfg) if cfg.resume else 0
-    if main and not first:
-        (out / "log.jsonl").unlink(missing_ok=True)
+    given = {"samples": len(examples), "base": model.fingerprint()}
+    first = load_checkpoint(out / "checkpoint.pt", model, optimizer, cfg, given) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, stop), num_workers=workers,
                                          pin_memory=device.type == "cuda")
     log = Log(out / "log.jsonl", stop, first) if main else None
 
     model.train()
-    for step, (micro_batches, n_targets) in enumerate(loader, start=first):
+    for step, (micro_batches, n_targets) in enumerate(read(loader), start=first):
         flat.zero_()
         for batch in micro_batches:
             batch = batch.to(device)
@@ -273,27 +293,33 @@ def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
         if main and (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == stop):
             report_bad_loss(log.line(done, lr, device), done, steps)
         if main and (done % cfg.save_every == 0 or done == stop):
-            save_checkpoint(out / "checkpoint.pt", model, optimizer, done, cfg)
+            save_checkpoint(out / "checkpoint.pt", model, optimizer, done, cfg, given)
     if main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=dataclasses.asdict(cfg))
         say(f"wrote {out / 'adapters.safetensors'}")
 
     if tests:
-        say(f"answering the {cfg.split} split of {tested.path}, {len(tests)} problems")
+        say(f"answering {len(tests)} problems")
         test(cfg, model, tokenizer, tests, rank, ranks)
 
 
 def main() -> None:
     cfg = cli.parse(Config, RECIPES)
+    cli.at_least(cfg, batch_size=1, micro_batch=1, log_every=1, save_every=1, epochs=0, warmup=0, lr=0, steps=0, max_new_tokens=1)
     if cfg.dry_run:
         print(price.quote(cfg))
         return
     rank, ranks, local = (int(os.environ.get(x, d)) for x, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local)
+    if device.type == "cuda":
+        here = torch.cuda.device_count()
+        if device.index is None and local >= here:
+            raise ValueError(f"more processes than GPUs; --nproc_per_node {here}, or --device cpu")
+        device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
+    if cfg.compile:
+        need_compiler()
     if rank == 0 and Config.data in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(Config.data)

@@ -18,7 +18,7 @@ import llama
 import price
 import prompts
 import train
-from adapters import trainable
+from adapters import AdapterConfig, trainable
 from bench import Ours
 from clip import VisionTransformer
 from conftest import ROOT
@@ -75,7 +75,8 @@ def test_eight_ranks_carry_the_same_load():
 # ---------------------------------------------------------------------------------------------------
 # FLOPs
 
-@pytest.mark.parametrize("choice", [{}, {"vit_adapters": False}, {"vision": False}, {"checkpoint": True}],
+@pytest.mark.parametrize("choice", [{}, {"vit_adapters": False}, {"vision": False}, {"checkpoint": True},
+                                    {"adapter": AdapterConfig("rep")}],
                          ids=lambda choice: "-".join(choice) or "whole")
 def test_flop_formula_equals_torchs_counter(choice):
     """To the last FLOP: products worked out again, the routers, the neck, and attention as the counter sees it."""

@@ -98,6 +98,8 @@ def test_killed_at_any_moment_nothing_is_lost(small_world, tmp_path, monkeypatch
     run(monkeypatch, [*flags(small_world, tmp_path / "k", epochs=500), "--resume", "--steps", str(done + 2)])
     run(monkeypatch, flags(small_world, tmp_path / "s", epochs=500, steps=done + 2))
     assert same_bits(tmp_path / "k", tmp_path / "s")
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "k/log.jsonl")]
+    assert steps == list(range(1, done + 3))  # what was done behind the checkpoint stands there once
 
 
 def test_frozen_tensors_keep_every_bit(small_world, tmp_path, monkeypatch):
@@ -137,6 +139,8 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
     assert "known: mm, rep" in message(adapter="nonesuch")
     assert "known: auto, fp32, bf16" in message(dtype="int3")
     assert "nothing to resume from" in message("--resume")
+    assert "--micro_batch 0: at least 1" in message(micro_batch=0)
+    assert "adapter width 7: expected an even number" in message(adapter_dim=7)
     assert "more than this LLaMA's context" in message(max_len=10 ** 6)
     assert "no sample of the train split" in message(max_len=2)
     assert fails(monkeypatch, ["--batchsize", "3"]) == "2"
@@ -146,8 +150,20 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
     run(monkeypatch, flags(small_world, tmp_path / "r", steps=1))
     text = fails(monkeypatch, [*flags(small_world, tmp_path / "r", lr=0.5), "--resume"])
     assert "the checkpoint was trained with --lr 0.048, not 0.5" in text
+    world.write(tmp_path / "other", seed=6, sizes={"test": 8, "val": 4, "train": 40})
+    text = fails(monkeypatch, [*flags(tmp_path / "other", tmp_path / "r"), "--resume"])
+    assert "the checkpoint was trained with samples 48, not 40" in text
     (tmp_path / "r/checkpoint.pt").write_bytes(b"not a checkpoint")
     assert "not a readable checkpoint" in fails(monkeypatch, [*flags(small_world, tmp_path / "r"), "--resume"])
+
+
+def test_a_bad_picture_is_one_line_from_a_worker_too(tmp_path, monkeypatch):
+    world.write(tmp_path / "w", seed=5, sizes={"test": 8, "val": 4, "train": 24})
+    for image in (tmp_path / "w/images/train").rglob("*.png"):
+        image.write_bytes(b"no picture")
+    for workers in (0, 1):
+        text = fails(monkeypatch, flags(tmp_path / "w", tmp_path / "out", workers=workers))
+        assert "image.png: " in text and "\n" not in text.strip() and "Traceback" not in text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_world, tmp_path, monkeypatch):

@@ -6,8 +6,11 @@ from collections import Counter
 import pytest
 import torch
 
+import clip
+import llama
 import prompts
 import scores
+import weights
 from conftest import ROOT
 from llama import LLaMA, LLaMAConfig, Tokenizer
 from tiny import corpus, make_llm, scenes, world
@@ -97,3 +100,8 @@ def test_stacked_words_add_up_where_they_stand():
         total = sum((weight * words[tokenizer.encode(word)[0]] for word, weight in said.items()), torch.zeros(8))
         assert torch.allclose(x[1, start + i], total, atol=1e-6)
     assert torch.equal(x[0, start + 6:], words[ids[start + 6:]])
+
+
+def test_the_tiny_presets_are_what_is_embedded():
+    assert LLaMAConfig(**weights.read_llama(ROOT / "tiny/llama")[0]) == llama.from_name("tiny")
+    assert clip.CLIPConfig(**weights.read_clip(ROOT / "tiny/clip")[0]) == clip.from_name("tiny")
