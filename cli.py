@@ -19,11 +19,21 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def underscored(word: str) -> str:
+    """--dry-run is --dry_run; the dash of --no-vision stays"""
+    name, *value = word.split("=", 1)
+    if not name.startswith("--"):
+        return word
+    prefix = "--no-" if name.startswith("--no-") else "--"
+    return "=".join([prefix + name.removeprefix(prefix).replace("-", "_"), *value])
+
+
 def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
     """An instance of the dataclass `config` from the command line.
 
     presets  {name: {field: default}}; `config` then has a field `recipe` that picks one, explicit flags win
     """
+    argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     source = "".join(inspect.getsource(c) for c in config.__mro__[-2::-1])  # a subclass's own comment comes last and wins
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, re.M))
     parser = Parser(description=(config.__doc__ or "").strip(), allow_abbrev=False,

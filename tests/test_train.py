@@ -181,6 +181,11 @@ def test_the_paper_recipe_is_the_papers():
     assert tiny.epochs == 1 and tiny.format == "QCM-EA"
 
 
+def test_dashes_in_flags_are_underscores():
+    cfg = cli.parse(train.Config, train.RECIPES, ["--dry-run", "--no-vit-adapters", "--micro-batch=4", "--out", "my-run"])
+    assert cfg.dry_run and not cfg.vit_adapters and cfg.micro_batch == 4 and cfg.out == "my-run"
+
+
 def test_schedule_warms_up_and_ends_at_zero():
     rates = [train.schedule(i, 10, 100) for i in range(101)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1 and rates[100] == 0
