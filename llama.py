@@ -68,8 +68,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         W, b = self.weight, self.bias
-        if x.device.type != "cpu" or W.numel() < 2 ** 18 or x.numel() > 4 * W.shape[1] or W.shape[1] > 2048 \
-                or W.dtype != torch.float32 or len(W) % 2 or torch.is_grad_enabled():
+        few = x.device.type == "cpu" and x.numel() <= 4 * W.shape[1] and not torch.is_grad_enabled()
+        if not few or W.dtype != torch.float32 or W.numel() < 2 ** 18 or W.shape[1] > 2048 or len(W) % 2:
             return F.linear(x, W, b)
         columns = x.flatten(0, -2).t().expand(2, -1, -1)  # [2, in, rows]
         W = W.view(2, -1, W.shape[1])
@@ -99,7 +99,7 @@ class KVCache:
 
     def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
         D = cfg.dim // cfg.n_heads
-        self.k, self.v = torch.zeros(2, cfg.n_layers, B, cfg.n_heads, S, D, device=device, dtype=dtype)
+        self.k, self.v = (torch.zeros(cfg.n_layers, B, cfg.n_heads, S, D, device=device, dtype=dtype) for _ in range(2))
         self.rows, self.slots = torch.arange(B, device=device)[:, None], torch.arange(S, device=device)
         self.rope = rope_table(self.slots, D, cfg.rope_theta)  # once, not at every step
 
@@ -111,8 +111,8 @@ class Attention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
         self.wqkv = None  # once LaVIN folds the adapter: the three side by side, which are then gone
 
-    def forward(self, z, rope, lengths=None, positions=None, cache=None, mask=None):
-        B, T, C = z.shape
+    def forward(self, z, rope, lengths=None, at=None, cache=None, mask=None):
+        B, T, C = z.shape  # cache: this layer's past k and v; at: index of the slots that are new
         qkv = (self.wq(z), self.wk(z), self.wv(z)) if self.wqkv is None else self.wqkv(z).chunk(3, dim=-1)
         q, k, v = (x.view(B, T, self.n_heads, -1) for x in qkv)  # [B, T, H, D]
         q, k = rotate(q, rope), rotate(k, rope)
@@ -123,7 +123,7 @@ class Attention(nn.Module):
                  for qkv in zip(*(x.split(lengths or T, dim=2) for x in (q, k, v)))]
             return self.wo(torch.cat([x.transpose(1, 2) for x in y], dim=1).reshape(B, T, C))
         for past, new in zip(cache, (k, v)):
-            past[positions] = new
+            past[at] = new
         k, v = cache  # [B, H, S, D]
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.wo(y.transpose(1, 2).reshape(B, T, C))
@@ -161,10 +161,10 @@ class Block(nn.Module):
         z = self.attention_norm(x)
         return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)  # Eq. (2); the residual x is untouched
 
-    def forward(self, x, w, rope, keep=None, lengths=None, positions=None, cache=None, mask=None):
+    def forward(self, x, w, rope, keep=None, lengths=None, at=None, cache=None, mask=None):
         # frozen products keep nothing for the backward, and what `recompute` covers is cheap to work out again; so a
         # training step keeps x, q, k, v, attention's output and log-sums, x again, gate and up
-        x = x + self.attention(recompute(self.adapted, x, w, keep), rope, lengths, positions, cache, mask)
+        x = x + self.attention(recompute(self.adapted, x, w, keep), rope, lengths, at, cache, mask)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
