@@ -100,7 +100,8 @@ def scienceqa(cfg: ScienceQA) -> tuple[dict, str] | None:
     if not samples:
         raise ValueError(f"{cfg.data}: split {cfg.split} is empty")
     result = scores.scienceqa(samples, replies)
-    return result, scores.scienceqa_table(result, paper=True)
+    note = "\n(here: the embedded small world; the paper's rows are ScienceQA)" * (cfg.data == ScienceQA.data)
+    return result, scores.scienceqa_table(result, paper=True) + note
 
 
 @dataclass
