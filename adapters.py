@@ -86,15 +86,13 @@ GOLDEN, MIX_1, MIX_2 = (x - 2 ** 64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4
 
 
 def survivors(seeds: torch.Tensor, positions: torch.Tensor, cfg: AdapterConfig, first: int, layers: int
-              ) -> list[torch.Tensor | None]:
+              ) -> list[torch.Tensor]:
     """Dropout's mask [.., r] for each of `layers` adapters, the first of which is number `first` of the whole model.
 
     seeds, positions (int64, shapes that broadcast): of the sample that a token belongs to, and of the token in it. A unit is
     dropped with probability p by a function of (seed, position, layer, unit): which ranks and micro-batches a step is
     spread over, resuming, and working it out a second time for the backward, all change nothing.
     """
-    if cfg.dropout == 0:
-        return [None] * layers
     unit = torch.arange(first * cfg.dim, (first + layers) * cfg.dim, device=seeds.device).view(layers, cfg.dim)
     x = seeds + GOLDEN * (positions << 20)  # where that token's stretch of numbers begins
     x = x[..., None] + GOLDEN * unit.view(layers, *[1] * x.ndim, cfg.dim)  # [layers, .., r]

@@ -112,7 +112,8 @@ class Conversation:
         try:
             yield from self.tokenizer.stream(tokens())
         finally:  # also when Ctrl-C cut it short
-            self.turns.append(self.asked + answer + [self.tokenizer.eos])
+            if answer:  # a mistake is no turn
+                self.turns.append(self.asked + answer + [self.tokenizer.eos])
             self.slots = len(e.ids) + len(answer) / 2  # of the cache, that a step read on average
 
     def rate(self) -> str:

@@ -268,6 +268,8 @@ def test_dropout_is_a_function_of_seed_position_layer_and_unit():
         means = keep.float().mean(others)
         assert (means - 0.9).abs().max() < 5 * (0.09 * len(means) / keep.numel()) ** 0.5
     assert torch.equal(keep[5:9, 10:12], masks(seeds[5:9], positions[:, 10:12])[0])
+    (alone,) = adapters.survivors(seeds, positions, AdapterConfig(dim=8, dropout=0.1), 4, 1)
+    assert torch.equal(alone, other_layer) and not torch.equal(alone, keep)  # counted through the whole model
     assert abs((keep & other_layer).float().mean().item() - 0.81) < 0.005  # independent
 
 

@@ -80,6 +80,8 @@ def test_resume_is_bit_exact(small_world, tmp_path, monkeypatch):
     run(monkeypatch, [*straight, "--steps", "6"])
     run(monkeypatch, [*stopped, "--steps", "3"])
     assert not same_bits(tmp_path / "a", tmp_path / "b")
+    with open(tmp_path / "b/log.jsonl", "a") as log:  # as if killed a step behind the checkpoint, while it wrote
+        log.write('{"step": 4, "loss": 9.0}\n{"step": 5')
     run(monkeypatch, [*stopped, "--steps", "6", "--resume"])
     assert same_bits(tmp_path / "a", tmp_path / "b")
     rows = [json.loads(line) for line in open(tmp_path / "b/log.jsonl")]
