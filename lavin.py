@@ -9,7 +9,6 @@ Shapes: B samples, T tokens, C LLM width, N pictures among the B samples, n [cls
 L LLaMA layers, V vocabulary.
 """
 import hashlib
-import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import adapters
+import compiling
 import weights
 from adapters import AdapterConfig, MMAdapter
 from clip import VisionTransformer
@@ -96,7 +96,7 @@ class LaVIN(nn.Module):
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routing = cfg.vit_routing
         self.folded = {}  # modality -> wqkv of every layer, see fold
-        self.compiled, self.caches = None, {}  # see compile_step
+        self.compiled = None  # see compile_step
         adapters.freeze_base(self)
 
     @property
@@ -191,23 +191,14 @@ class LaVIN(nn.Module):
             layer.attention.wqkv = wqkv
 
     def compile_step(self) -> "LaVIN":
-        """Have torch compile the step of one token, on a GPU into a CUDA graph; the first answers wait for it. ValueError
-        without a compiler. What is compiled is called with the very same tensors: caches are kept, and read as a whole."""
+        """Have torch compile the step of one token, as compiling.py tells; to be called behind `fold`. ValueError without a
+        compiler."""
         need_compiler()
-        warnings.filterwarnings("ignore", message=".*complex operators")  # `rotate` stays as it is, the rest is compiled
-        self.compiled = torch.compile(self.step, mode="reduce-overhead", dynamic=False, fullgraph=True)
+        self.compiled = compiling.Program(self) if self.device.type == "cpu" else compiling.Graph(self)
         return self
 
     def cache(self, B: int, S: int) -> KVCache:
-        make = lambda S: KVCache(self.llama.cfg, B, S, self.device, self.llama.norm.weight.dtype)
-        if self.compiled is None:
-            return make(S)
-        S = max(256, 1 << (S - 1).bit_length())  # a power of two, so that little is compiled, and the last one only
-        if (B, S) not in self.caches:
-            self.caches = {(B, S): make(S)}
-            for x in (self.caches[B, S].k, self.caches[B, S].v):
-                torch._dynamo.mark_static_address(x)  # a CUDA graph writes to it in place
-        return self.caches[B, S]
+        return KVCache.empty(self.llama.cfg, B, S, self.device, self.llama.norm.weight.dtype)
 
     def step(self, token, w, positions, cache, filled=None) -> torch.Tensor:
         """tokens [B] and their positions [B] -> logits [B, V] of what comes next"""
@@ -239,16 +230,15 @@ class LaVIN(nn.Module):
         done, answers = [False] * B, [[] for _ in range(B)]
         with torch.inference_mode(), self.autocast():
             w = self.routing(batch.modality)
-            cache = self.cache(B, T + max_new_tokens)
+            cache = (self.compiled or self).cache(B, T + max_new_tokens)
             h = self.llama(self.embed(batch), w, cache=cache)
             logits = self.llama.output(h[torch.arange(B, device=h.device), batch.lengths - 1]).float()  # [B, V]
+        step = self.compiled or self.step
         autocast = nullcontext if self.folded else self.autocast  # folded, all is of one dtype; looking takes 4% of a step
         for i in range(max_new_tokens):
             with torch.inference_mode(), autocast():  # never across a yield: both are states of the whole thread
-                if i and self.compiled:
-                    logits = self.compiled(token, w, batch.lengths + i - 1, cache)
-                elif i:
-                    logits = self.step(token, w, batch.lengths + i - 1, cache, filled=longest + i)
+                if i:
+                    logits = step(token, w, batch.lengths + i - 1, cache, longest + i)
                 # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
                 token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()

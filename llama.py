@@ -13,7 +13,7 @@ T the sum of all sequences' lengths.
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -72,6 +72,9 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         W, b = self.weight, self.bias
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == W.shape[1]:
+            y = (W * x.flatten()).sum(-1)  # one loop, once compiled, that takes W as fast as the memory gives it
+            return (y if b is None else y + b).view(*x.shape[:-1], -1)
         if not self.in_halves or x.device.type != "cpu" or W.dtype != torch.float32 or x.numel() > 4 * W.shape[1] \
                 or torch.is_grad_enabled():
             return F.linear(x, W, b)
@@ -90,22 +93,44 @@ def rope_table(positions: torch.Tensor, D: int, theta: float) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """x [B, T, H, D]: turn each pair (2i, 2i+1), Meta's layout, a complex number, by its position's angle"""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, T, H, D/2]
-    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))  # [B, T, H, D/2, 2]
+    if rope.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).type_as(x)
+    cos, sin = rope.unbind(-3)  # see without_complex: (a, b) -> (a cos - b sin, b cos + a sin)
+    return (pairs * cos + pairs.flip(-1) * sin).flatten(-2).type_as(x)
 
 
-class KVCache:
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(D)) v written out, for compilers: q [B, H, 1, D] of one token, k, v [B, H, S, D] that it sees"""
+    scores = (q.float() * q.shape[-1] ** -0.5 * k).sum(-1)  # [B, H, S]
+    return (scores.softmax(-1)[..., None] * v).sum(-2, keepdim=True).type_as(v)  # [B, H, 1, D]
+
+
+class KVCache(NamedTuple):
     """Keys and values of the tokens so far: L tensors [B, H, S, D] each, slot = position in the sequence.
 
     Rows of a batch may have different lengths: a prompt fills slots 0.., padding behind a shorter prompt
     fills slots that its own next tokens overwrite, and no query looks past its own position.
     """
+    k: list[torch.Tensor]
+    v: list[torch.Tensor]
+    rows: torch.Tensor  # [B, 1]
+    slots: torch.Tensor  # [S]
+    rope: torch.Tensor  # of every slot: once, not at every step
 
-    def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
+    @classmethod
+    def empty(cls, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None) -> "KVCache":
         D = cfg.dim // cfg.n_heads
-        self.k, self.v = (torch.zeros(cfg.n_layers, B, cfg.n_heads, S, D, device=device, dtype=dtype) for _ in range(2))
-        self.rows, self.slots = torch.arange(B, device=device)[:, None], torch.arange(S, device=device)
-        self.rope = rope_table(self.slots, D, cfg.rope_theta)  # once, not at every step
+        k, v = ([torch.zeros(B, cfg.n_heads, S, D, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
+                for _ in range(2))
+        slots = torch.arange(S, device=device)
+        return cls(k, v, torch.arange(B, device=device)[:, None], slots, rope_table(slots, D, cfg.rope_theta))
+
+
+def without_complex(cache: KVCache) -> KVCache:
+    """for compilers, which have no complex numbers: rope [S, 1, D/2] -> [S, 1, 2, D/2, 2], (cos, cos) and (-sin, sin)"""
+    cos, sin = cache.rope.real, cache.rope.imag
+    return cache._replace(rope=torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], dim=-3))
 
 
 class Attention(nn.Module):
@@ -115,21 +140,25 @@ class Attention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
         self.wqkv = None  # once LaVIN folds the adapter: the three side by side, which are then gone
 
-    def forward(self, z, rope, lengths=None, at=None, cache=None, mask=None):
-        B, T, C = z.shape  # cache: this layer's past k and v; at: index of the slots that are new
+    def forward(self, z, rope, lengths=None, past=None, mask=None):
+        B, T, C = z.shape  # past: this layer's k and v in the cache, where the new ones go, and how many slots to read
         qkv = (self.wq(z), self.wk(z), self.wv(z)) if self.wqkv is None else self.wqkv(z).chunk(3, dim=-1)
         q, k, v = (x.view(B, T, self.n_heads, -1) for x in qkv)  # [B, T, H, D]
         q, k = rotate(q, rope), rotate(k, rope)
-        if cache is None:
+        if past is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
             # packed: one call a sequence, so that none sees another; each is large enough to fill the device
             y = [F.scaled_dot_product_attention(*qkv, is_causal=True)
                  for qkv in zip(*(x.split(lengths or T, dim=2) for x in (q, k, v)))]
             return self.wo(torch.cat([x.transpose(1, 2) for x in y], dim=1).reshape(B, T, C))
-        for past, new in zip(cache, (k, v)):
-            past[at] = new
-        k, v = cache  # [B, H, S, D]
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        keys, values, at, filled = past
+        keys[at], values[at] = k, v
+        k, v = keys[:, :, :filled], values[:, :, :filled]  # [B, H, S, D]
+        q = q.transpose(1, 2)  # [B, H, T, D]
+        if torch.compiler.is_compiling() and T == 1 and mask is None:
+            y = attend(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.wo(y.transpose(1, 2).reshape(B, T, C))
 
     def alone(self, z):
@@ -165,10 +194,10 @@ class Block(nn.Module):
         z = self.attention_norm(x)
         return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)  # Eq. (2); the residual x is untouched
 
-    def forward(self, x, w, rope, keep=None, lengths=None, at=None, cache=None, mask=None):
+    def forward(self, x, w, rope, keep=None, lengths=None, past=None, mask=None):
         # frozen products keep nothing for the backward, and what `recompute` covers is cheap to work out again; so a
         # training step keeps x, q, k, v, attention's output and log-sums, x again, gate and up
-        x = x + self.attention(recompute(self.adapted, x, w, keep), rope, lengths, at, cache, mask)
+        x = x + self.attention(recompute(self.adapted, x, w, keep), rope, lengths, past, mask)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
@@ -214,8 +243,8 @@ class LLaMA(nn.Module):
         again = self.checkpoint and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             w = None if routing is None else routing[i]
-            kv = None if cache is None else (cache.k[i, :, :, :filled], cache.v[i, :, :, :filled])
-            args = x, w, rope, keep[i], lengths, at, kv, mask
+            past = None if cache is None else (cache.k[i], cache.v[i], at, filled)
+            args = x, w, rope, keep[i], lengths, past, mask
             x = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if again else layer(*args)
         return self.norm(x)
 

@@ -45,7 +45,7 @@ class Config:
     temperature: float = 0.1  # 0: greedy
     top_p: float = 0.75  # nucleus
     seed: int = 0  # of the sampling
-    compile: bool = False  # compile the decoding step, for GPUs: a minute before the first answer, then faster; needs g++
+    compile: bool = False  # compile the decoding step: 10 s to a minute, then tokens come faster; needs g++
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # bf16 or fp32
 
@@ -214,13 +214,17 @@ def main() -> None:
         return show_routing(model, Path("routing.png"))
     conversation = Conversation(model, meta, Tokenizer.from_pretrained(cfg.llama, model.llama.cfg.vocab_size))
     conversation.look(cfg.image or None)
-    if cfg.compile:
-        model.compile_step()
     if cfg.chat:  # a picture may come later
         model.fold(lavin.TEXT, *[lavin.IMAGE] * (model.vit is not None))
-        chat(conversation, cfg)
     else:
         model.fold(lavin.IMAGE if cfg.image else lavin.TEXT)
+    if cfg.compile:
+        started = time.time()
+        model.compile_step()
+        print(f"compiled in {time.time() - started:.0f} s", file=sys.stderr)
+    if cfg.chat:
+        chat(conversation, cfg)
+    else:
         say(conversation, cfg.prompt, cfg)
 
 
