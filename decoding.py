@@ -124,8 +124,10 @@ def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, v
         with torch.inference_mode(), model.autocast():
             answers["hf"] = theirs(merged(model), model.embed(batch), n)
     device, length = model.device, int(batch.lengths)
-    limits, prefill, gaps, tokens = [bandwidth(device)], {name: [] for name in answers}, {name: [] for name in answers}, {}
+    limits, prefill, gaps, tokens = [], {name: [] for name in answers}, {name: [] for name in answers}, {}
     for k in range(burn_in + steps):
+        if k >= burn_in:
+            limits.append(bandwidth(device))
         for name, answer in answers.items():
             started = time.perf_counter()
             tokens[name], marks = answer()
@@ -134,22 +136,27 @@ def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, v
             if k >= burn_in:
                 prefill[name].append(marks[0] - started)
                 gaps[name].append(median(between))  # of one answer: its last tokens cost hardly more than its first
-    limits.append(bandwidth(device))  # the better of before and after: utilisation is not to be flattered
-    copied, read = (max(x) for x in zip(*limits))
+    limits.append(bandwidth(device))
     ms = {name: 1e3 * median(x) for name, x in gaps.items()}
 
     def ratio(a: str, b: str) -> float:  # of answers that followed each other, so that both had the same machine
         return median(x / y for x, y in zip(gaps[a], gaps[b]))
 
     size = bytes_per_token(model.llama, length + n / 2)
-    rate = size / ms["folded"] * 1e3
+    around = [max(a + b) for a, b in zip(limits, limits[1:])]  # the better of before and after: nothing is to be flattered
+
+    def utilisation(a: str) -> float:
+        return median(size / gap / limit for gap, limit in zip(gaps[a], around))
+
     result = {f"{name}_ms_per_token": x for name, x in ms.items()} | {
         "prefill_s": median(prefill["folded"]), "prefill_tokens_per_s": length / median(prefill["folded"]),
         "tokens_per_s": 1e3 / ms["folded"], "folded_over_bare": ratio("bare", "folded"),  # as speeds
-        "unfolded_over_bare": ratio("bare", "unfolded"), "mb_per_token": size / 1e6, "gb_per_s": rate / 1e9,
-        "copy_gb_per_s": copied / 1e9, "read_gb_per_s": read / 1e9, "utilisation": rate / max(copied, read)}
+        "unfolded_over_bare": ratio("bare", "unfolded"), "mb_per_token": size / 1e6, "gb_per_s": size / ms["folded"] / 1e6,
+        "memory_gb_per_s": median(around) / 1e9, "utilisation": utilisation("folded")}
     if compiled:
-        result["compiled_over_folded"] = ratio("folded", "compiled")
+        result |= {"compiled_over_folded": ratio("folded", "compiled"), "compiled_gb_per_s": size / ms["compiled"] / 1e6,
+                   "compiled_utilisation": utilisation("compiled"),
+                   "compiled_same_tokens": tokens["compiled"] == tokens["folded"]}
     if vs:  # of times: > 1 is ours being faster
         same = sum(a == b for a, b in zip(tokens["hf"], tokens["folded"]))
         result |= {"hf_over_ours": ratio("hf", "folded"), "hf_same_tokens": same / n}

@@ -177,7 +177,7 @@ def run(monkeypatch, capsys, main, *argv: str) -> tuple[str, str]:
 @pytest.mark.parametrize("command, keys", [
     ("train", {"tokens_per_s", "samples_per_s", "utilisation", "matmul_tflop_per_s", "flops_over_useful", "peak_gb",
                "predicted_peak_gb", "slowest_over_mean_rank", "recipe_hours_here", "recipe_hours_8_a100_projected"}),
-    ("decode", {"prefill_tokens_per_s", "tokens_per_s", "mb_per_token", "gb_per_s", "copy_gb_per_s", "read_gb_per_s", "utilisation",
+    ("decode", {"prefill_tokens_per_s", "tokens_per_s", "mb_per_token", "gb_per_s", "memory_gb_per_s", "utilisation",
                 "bare_ms_per_token", "folded_ms_per_token", "unfolded_ms_per_token", "folded_over_bare", "unfolded_over_bare"}),
     ("memory", {"block_kb_per_token", "held_mb", "saved_mb", "predicted_saved_mb", "peak_mb", "predicted_peak_mb"})])
 def test_bench_ends_with_one_line_of_json(monkeypatch, capsys, command, keys):
