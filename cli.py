@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+from contextlib import contextmanager
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,6 +92,25 @@ def pick_device(device: str, dtype: str) -> tuple:
 def processes() -> tuple[int, int]:
     """this process and how many there are, as torchrun tells"""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_group(backend: str, **options):
+    """All processes, met at its beginning and at its end, may talk through torch.distributed within; one: nothing to do"""
+    if processes()[1] == 1:
+        yield
+        return
+    import torch.distributed as dist
+    # Imported once there is a group, this keeps it, as the default of its functions, and with it the threads of gloo,
+    # one of which may then still be at work while Python shuts down, and abort.
+    import torch.distributed.nn.functional
+    dist.init_process_group(backend, **options)
+    try:
+        dist.barrier()
+        yield
+        dist.barrier()  # nobody leaves while another still talks: gloo would abort
+    finally:
+        dist.destroy_process_group()
 
 
 def clock(seconds: float) -> str:

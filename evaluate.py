@@ -215,23 +215,14 @@ def main() -> None:
         raise ValueError(f"unknown command {name!r}; {near}known: {', '.join(COMMANDS)}")
     config, command = COMMANDS[name]
     cfg = cli.parse(config, argv=argv)
-    rank, ranks = cli.processes()
-    if ranks > 1:
-        import torch.distributed as dist
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only predictions travel, at the end
-    try:
-        if cfg.data == ScienceQA.data and rank == 0:
-            from tiny import world
-            world.ensure(cfg.data)
-        if ranks > 1:
-            dist.barrier()  # the data are there
+    if cfg.data == ScienceQA.data and cli.processes()[0] == 0:
+        from tiny import world
+        world.ensure(cfg.data)
+    with cli.process_group("gloo", timeout=timedelta(days=1)):  # only predictions travel, at the end
         done = command(cfg)
         if done:
             result, text = done
             print(json.dumps(result) if cfg.json else text)
-    finally:
-        if ranks > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

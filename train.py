@@ -323,16 +323,8 @@ def main() -> None:
     if rank == 0 and Config.data in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(Config.data)
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        dist.barrier()  # the data are there
-    try:
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
         train(cfg, rank, ranks, device, dtype)
-        if ranks > 1:
-            dist.barrier()  # nobody leaves while another still talks: gloo would abort
-    finally:
-        if ranks > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
