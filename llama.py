@@ -80,7 +80,8 @@ class Linear(nn.Linear):
     def forward(self, x):
         W, b = self.weight, self.bias
         if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == W.shape[1]:
-            y = (W * x.flatten()).sum(-1)  # one loop, once compiled, that takes W as fast as the memory gives it
+            # one loop, once compiled, that reads W at four places at once: as fast as the memory gives it
+            y = torch.cat([(rows * x.flatten()).sum(-1) for rows in W.chunk(4)])
             return (y if b is None else y + b).view(*x.shape[:-1], -1)
         if not self.in_halves or x.device.type != "cpu" or W.dtype != torch.float32 or x.numel() > 4 * W.shape[1] \
                 or torch.is_grad_enabled():
