@@ -189,7 +189,7 @@ def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
 
 @torch.no_grad()
 def fold(linears: list[nn.Linear], adapter: nn.Module, w: torch.Tensor | None) -> nn.Linear:
-    """One Linear that does what `linears`, side by side, do behind `adapter` at routing weights w [2].
+    """One Linear that does what `linears`, side by side, do after `adapter` at routing weights w [2].
 
     Structural re-parameterisation: an adapter is affine, so W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b),
     exactly, up to the rounding of W's dtype.

@@ -121,7 +121,7 @@ def resume(path: Path, run: dict) -> dict:
         try:
             row = json.loads(row)
             done[row["id"]] = row["prediction"]
-        except ValueError:  # cut short, or empty: behind the last line
+        except ValueError:  # cut short, or empty: after the last line
             pass
     return done
 
@@ -130,7 +130,7 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
     """{id: prediction} of all samples, on the first process; None on the others.
 
     What `out` holds is kept. Of the rest every process does a share with work(model, tokenizer, samples, write), and
-    appends to `out` as write({id: prediction}) is called: one line a sample, behind a line that tells what made them.
+    appends to `out` as write({id: prediction}) is called: one line a sample, after a line that tells what made them.
     """
     if not samples:
         raise ValueError(f"{cfg.data}: there is nothing to answer in it")

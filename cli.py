@@ -15,7 +15,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [o[2:] for a in self._actions for o in a.option_strings if o.startswith("--")]
             near = difflib.get_close_matches(unknown[1].replace("-", "_"), flags, n=3, cutoff=0.5)
-            message = f"unknown flag --{unknown[1]}" + (f"; did you mean --{' or --'.join(near)}?" if near else "; see --help")
+            hint = f"did you mean --{' or --'.join(near)}?" if near else "see --help"
+            message = f"unknown flag --{unknown[1]}; {hint}"
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -42,10 +43,8 @@ def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] 
     for f in dataclasses.fields(config):
         flag, text = f"--{f.name}", comments.get(f.name, "").replace("%", "%%")
         kind = type(f.default) if f.default is not None else str
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f"{text} (default: {f.default})")
-        else:
-            parser.add_argument(flag, type=kind, default=f.default, metavar=kind.__name__, help=f"{text} (default: {f.default})")
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+        parser.add_argument(flag, default=f.default, help=f"{text} (default: {f.default})", **how)
     if presets:
         first = parser.parse_known_args(argv)[0].recipe
         if first not in presets:

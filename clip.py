@@ -44,7 +44,7 @@ def from_name(name: str) -> CLIPConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """in fp32 under CUDA's autocast, which would leave its result in fp32 too, and with it every x behind it"""
+    """in fp32 under CUDA's autocast, which would leave its result in fp32 too, and with it every x after it"""
 
     def forward(self, x):
         return super().forward(x).type_as(x)

@@ -13,7 +13,7 @@ from llama import KVCache, without_complex
 
 OPTIONS = {
     "aot_inductor.package_constants_in_so": False,  # the weights stay where they are
-    "realize_opcount_threshold": 8,  # a norm is worked out once, not again in every row of the matrix behind it
+    "realize_opcount_threshold": 8,  # a norm is worked out once, not again in every row of the matrix after it
 }
 
 

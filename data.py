@@ -57,7 +57,7 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
 
 
 class Batch(NamedTuple):
-    """Samples side by side, one a row, padded behind its end where causal attention never looks (B rows); or packed end
+    """Samples side by side, one a row, padded after its end where causal attention never looks (B rows); or packed end
     to end into one row without any padding (B = 1). Indices count through tokens.flatten()."""
     tokens: torch.Tensor  # [B, T]
     where: torch.Tensor  # [targets], positions that must predict a token of a response

@@ -25,7 +25,7 @@ def twin(model: LaVIN) -> LaVIN:
 
 
 def bare(model: LaVIN) -> LaVIN:
-    """the same without LLaMA's adapters; q, k and v in one product, as folding leaves them, or two things would be compared"""
+    """the same without LLaMA's adapters; q, k and v in one product, as folding leaves them: only the adapters differ"""
     model = twin(model)
     for layer in model.llama.layers:
         a, layer.adapter_attn = layer.attention, None
@@ -114,7 +114,8 @@ def bytes_per_token(llama: LLaMA, slots: float) -> float:
     return weights + 2 * slots * llama.cfg.n_layers * llama.cfg.dim * llama.norm.weight.itemsize
 
 
-def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, vs: str, compiled: bool, say: Callable[[str], None]) -> dict:
+def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, vs: str, compiled: bool,
+            say: Callable[[str], None]) -> dict:
     """`n` tokens after the one prompt of `batch`, `steps` times; -> what bench.py prints. Folds the model."""
     answers = {"bare": ours(bare(model), batch, n), "unfolded": ours(twin(model), batch, n)}
     answers["folded"] = ours(model.fold(IMAGE), batch, n)

@@ -80,7 +80,7 @@ class ScienceQA(Config):
     split: str = "test"  # a key of pid_splits.json
     out: str = ""  # .jsonl that predictions go to as they come; if it exists, the run goes on from there
     predictions: str = ""  # score this file {id: option index, or generated text} instead of running the model
-    stop_at_letter: bool = True  # stop an answer behind "The answer is X.": the score is decided
+    stop_at_letter: bool = True  # stop an answer after "The answer is X.": the score is decided
 
 
 def scienceqa(cfg: ScienceQA) -> tuple[dict, str] | None:

@@ -166,7 +166,7 @@ class LaVIN(nn.Module):
 
     @torch.no_grad()
     def fold(self, *modalities: int) -> "LaVIN":
-        """Fold LLaMA's adapters into the projections behind them, for answering in these modalities only.
+        """Fold LLaMA's adapters into the projections after them, for answering in these modalities only.
 
         In LLaMA the routing weights are constants of the modality, so an adapter is one affine map for each, and costs
         nothing any more; a second modality costs a second set of those. The ViT's adapters are routed by each
@@ -191,7 +191,7 @@ class LaVIN(nn.Module):
             layer.attention.wqkv = wqkv
 
     def compile_step(self) -> "LaVIN":
-        """Have torch compile the step of one token, as compiling.py tells; to be called behind `fold`. ValueError without a
+        """Have torch compile the step of one token, as compiling.py tells; to be called after `fold`. ValueError without a
         compiler."""
         need_compiler()
         self.compiled = compiling.Program(self) if self.device.type == "cpu" else compiling.Graph(self)

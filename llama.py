@@ -117,7 +117,7 @@ def attend(q, k, v):
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far: L tensors [B, H, S, D] each, slot = position in the sequence.
 
-    Rows of a batch may have different lengths: a prompt fills slots 0.., padding behind a shorter prompt
+    Rows of a batch may have different lengths: a prompt fills slots 0.., padding after a shorter prompt
     fills slots that its own next tokens overwrite, and no query looks past its own position.
     """
     k: list[torch.Tensor]

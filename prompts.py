@@ -336,9 +336,8 @@ def mixture(spec: str) -> Iterator[Source]:
         if not colon:
             kind, rest = "scienceqa", kind
         if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            raise ValueError(f"--data {part.strip()}: unknown kind {kind!r}" + (f"; did you mean {near[0]}?" if near else "") +
-                             f"; known: {', '.join(KINDS)}")
+            near = [f"did you mean {word}?; " for word in difflib.get_close_matches(kind, KINDS, n=1)]
+            raise ValueError(f"--data {part.strip()}: unknown kind {kind!r}; {''.join(near)}known: {', '.join(KINDS)}")
         path, _, images = rest.partition(":")
         if not path:
             raise ValueError(f"--data {part.strip() or spec!r}: names no file or folder; expected {kind}:PATH")

@@ -117,14 +117,14 @@ class Conversation:
             self.slots = len(e.ids) + len(answer) / 2  # of the cache, that a step read on average
 
     def rate(self) -> str:
-        """bytes/s of the last answer beside what the machine can do; empty if it was over too soon to tell"""
-        if len(self.marks) < 2 or self.marks[-1] - self.marks[0] < 1:
+        """bytes/s of the last answer beside what the machine can do; empty if there was but one token"""
+        if len(self.marks) < 2:
             return ""
         size, steps = bytes_per_token(self.model.llama, self.slots), len(self.marks) - 1
         if self.limit is None:
             self.limit = max(bandwidth(self.model.device, tries=3))  # a third of a second, once
         rate = size * steps / (self.marks[-1] - self.marks[0])
-        return f"; behind the first, {rate / 1e9:.2f} GB/s of weights and cache, {rate / self.limit:.0%} of the memory's"
+        return f"; after the first, {rate / 1e9:.2f} GB/s of weights and cache, {rate / self.limit:.0%} of the memory's"
 
 
 def say(conversation: Conversation, prompt: str, cfg: Config) -> None:
@@ -145,8 +145,8 @@ def say(conversation: Conversation, prompt: str, cfg: Config) -> None:
 
 def chat(conversation: Conversation, cfg: Config) -> None:
     """Turns from stdin until it ends; a mistake in one of them is told and costs nothing."""
-    print("Ask; /image PATH shows another picture, /reset forgets the turns, an empty line or Ctrl-D ends, Ctrl-C stops an answer.",
-          file=sys.stderr)
+    print("Ask; /image PATH shows another picture, /reset forgets the turns, an empty line or Ctrl-D ends, "
+          "Ctrl-C stops an answer.", file=sys.stderr)
     line = cfg.prompt.strip()
     while True:
         if not line:

@@ -156,8 +156,8 @@ def coco(captions: dict[str, str], references: dict[str, list[str]]) -> dict:
     with redirect_stdout(sys.stderr):  # the library prints
         said = tokenizer.tokenize({id: [{"caption": text}] for id, text in captions.items()})
         true = tokenizer.tokenize({id: [{"caption": text} for text in references[id]] for id in captions})
-        return {"BLEU-4": 100 * bleu.compute_score(true, said)[0][3], "CIDEr": 100 * float(cider.compute_score(true, said)[0]),
-                "pictures": len(captions)}
+        return {"BLEU-4": 100 * bleu.compute_score(true, said)[0][3],
+                "CIDEr": 100 * float(cider.compute_score(true, said)[0]), "pictures": len(captions)}
 
 
 def coco_table(result: dict) -> str:

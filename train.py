@@ -148,7 +148,7 @@ class Log:
     def __init__(self, path: Path, total: int, first: int):
         rows = path.read_text().splitlines(keepends=True) if path.is_file() else []
         path.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= first))
-        self.file = open(path, "a", buffering=1)  # steps that a killed run took behind its checkpoint are told once more
+        self.file = open(path, "a", buffering=1)  # steps that a killed run took after its checkpoint are told once more
         self.total, self.first, self.started, self.sums, self.tokens = total, first, time.time(), [], 0
         self.since = self.started
 
@@ -185,7 +185,8 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
         raise ValueError(f"--max_len {cfg.max_len} is more than this LLaMA's context of {llama.cfg.max_seq_len}")
     torch.manual_seed(cfg.seed)  # every rank starts from the same adapters
     adapter = AdapterConfig(cfg.adapter, cfg.adapter_dim, cfg.scale, cfg.tau, cfg.dropout)
-    return LaVIN(llama, vit, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters, normalize=cfg.normalize)).to(device), tokenizer
+    model = LaVIN(llama, vit, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters, normalize=cfg.normalize))
+    return model.to(device), tokenizer
 
 
 def report_bad_loss(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
@@ -209,7 +210,7 @@ def read(loader: torch.utils.data.DataLoader):
 def test(cfg: Config, model: LaVIN, tokenizer: Tokenizer, samples: list, rank: int, ranks: int) -> None:
     """Answer the problems, each rank a share; write predictions.json and scores.json, print the nine columns."""
     texts = answers.answer(model.eval(), tokenizer, samples[rank::ranks], cfg.max_new_tokens, progress=rank == 0,
-                           until=scores.ANSWER)  # behind the letter the score is decided
+                           until=scores.ANSWER)  # after the letter the score is decided
     parts = [texts]
     if ranks > 1:
         parts = [None] * ranks
@@ -253,11 +254,11 @@ def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
     stop = min(cfg.steps or total, total)
     warmup = round(cfg.warmup * steps.per_epoch)
     peak = cfg.lr * cfg.batch_size / 256
+    accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
     say(f"{sum(p.numel() for p in params.values()):,} trainable parameters on {device} in {dtype}; {total} steps of "
-        f"{cfg.batch_size} = {-(-cfg.batch_size // (cfg.micro_batch * ranks))} accumulation x {ranks} processes x {cfg.micro_batch}; "
-        f"peak lr {peak:.2e}")
+        f"{cfg.batch_size} = {accumulation} accumulation x {ranks} processes x {cfg.micro_batch}; peak lr {peak:.2e}")
 
-    # one flat buffer holds every gradient, and the loss behind them: one all-reduce a step
+    # one flat buffer holds every gradient, and the loss after them: one all-reduce a step
     flat = torch.zeros(sum(p.numel() for p in params.values()) + 1, device=device)
     for p, g in zip(params.values(), flat[:-1].split([p.numel() for p in params.values()])):
         p.grad = g.view_as(p)
@@ -306,7 +307,8 @@ def train(cfg: Config, rank: int, ranks: int, device, dtype) -> None:
 
 def main() -> None:
     cfg = cli.parse(Config, RECIPES)
-    cli.at_least(cfg, batch_size=1, micro_batch=1, log_every=1, save_every=1, epochs=0, warmup=0, lr=0, steps=0, max_new_tokens=1)
+    cli.at_least(cfg, batch_size=1, micro_batch=1, log_every=1, save_every=1, epochs=0, warmup=0, lr=0, steps=0,
+                 max_new_tokens=1)
     if cfg.dry_run:
         print(price.quote(cfg))
         return

@@ -43,7 +43,7 @@ def make_lavin(seed: int = 0, trained: bool = True, **cfg) -> LaVIN:
 
 
 def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0, pack: bool = False) -> Batch:
-    """rows of (ids behind BOS, how many of them are response, has a picture); the picture's slots follow ids 1, 7"""
+    """rows of (ids after BOS, how many of them are response, has a picture); the picture's slots follow ids 1, 7"""
     examples = []
     for ids, n, picture in rows:
         ids = [1, 7] + [0] * N_CLS * picture + ids

@@ -196,7 +196,7 @@ def test_a_complete_row_ends_and_no_other_changes():
 def test_stopping_at_the_letter_changes_no_score(world, folded):
     model, tokenizer = folded
     samples = prompts.read_scienceqa(world / "s", "test", "QCM-ALE")
-    tokenizer.eos = -1  # answers go on behind their letter, as with explanations
+    tokenizer.eos = -1  # answers go on after their letter, as with explanations
     whole, cut = (answers.answer(model, tokenizer, samples, 24, progress=False, until=u) for u in (None, scores.ANSWER))
     assert scores.scienceqa(samples, whole) == scores.scienceqa(samples, cut)
     stopped = [s.id for s in samples if len(cut[s.id]) < len(whole[s.id])]

@@ -93,7 +93,7 @@ def test_at_least_eight_of_ten(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--image", str(path), "--prompt", question])
         cli.run(sample.main)
         said = capsys.readouterr().out.strip()
-        right.append(said.endswith(answer))  # behind a sentence about all there is to see
+        right.append(said.endswith(answer))  # after a sentence about all there is to see
         report.append(f"{draw.__name__}: {question} -> {said}" + ("" if right[-1] else f" (expected {answer})"))
     print("\n".join(report))
     assert sum(right) >= 8, "\n".join(report)

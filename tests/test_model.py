@@ -83,7 +83,7 @@ def test_cached_equals_uncached_with_ragged_prompts_and_both_modalities(lavin):
             assert close(h[inside, 0], whole[rows[inside], at[inside]])
 
 
-def test_several_tokens_behind_a_filled_cache(lavin):
+def test_several_tokens_after_a_filled_cache(lavin):
     ids = torch.randint(0, LLAMA.vocab_size, (2, 11))
     with torch.no_grad():
         w = lavin.routing(torch.tensor([[0], [1]]))
@@ -94,7 +94,7 @@ def test_several_tokens_behind_a_filled_cache(lavin):
 
 
 def test_a_step_reads_the_filled_slots_alone(lavin):
-    """one row without a mask, several with one; what lies behind is never touched"""
+    """one row without a mask, several with one; what lies beyond is never touched"""
     ids = torch.randint(0, LLAMA.vocab_size, (2, 9))
     with torch.no_grad():
         w = lavin.routing(torch.tensor([[0], [1]]))
@@ -321,7 +321,7 @@ def test_a_graph_reads_its_cache_as_a_whole(lavin, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, mode, **kw: compile(f, backend="eager", **kw))
     plain = lavin.fold(1).generate(rows, 8, eos=2, temperature=0.0)
     lavin.compiled = compiling.Graph(lavin)
-    for _ in range(2):  # the second time behind what the first one left in the cache
+    for _ in range(2):  # the second time after what the first one left in the cache
         assert lavin.generate(rows, 8, eos=2, temperature=0.0) == plain
     assert len(lavin.compiled.caches) == 1
 

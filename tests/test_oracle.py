@@ -123,7 +123,7 @@ def greedy(model: LLaMA, prompts: list[list[int]], n: int, eos: int) -> list[lis
 
 
 def generate(reference, prompts: list[list[int]], n: int, eos: int) -> list[list[int]]:
-    """transformers pads on the left, and behind the end of a row that is done"""
+    """transformers pads on the left, and after the end of a row that is done"""
     T = max(map(len, prompts))
     tokens = torch.tensor([[0] * (T - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts])

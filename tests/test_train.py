@@ -100,7 +100,7 @@ def test_resume_is_bit_exact(small_world, tmp_path, monkeypatch):
     run(monkeypatch, [*straight, "--steps", "6"])
     run(monkeypatch, [*stopped, "--steps", "3"])
     assert not same_bits(tmp_path / "a", tmp_path / "b")
-    with open(tmp_path / "b/log.jsonl", "a") as log:  # as if killed a step behind the checkpoint, while it wrote
+    with open(tmp_path / "b/log.jsonl", "a") as log:  # as if killed a step after the checkpoint, while it wrote
         log.write('{"step": 4, "loss": 9.0}\n{"step": 5')
     run(monkeypatch, [*stopped, "--steps", "6", "--resume"])
     assert same_bits(tmp_path / "a", tmp_path / "b")
@@ -121,7 +121,7 @@ def test_killed_at_any_moment_nothing_is_lost(small_world, tmp_path, monkeypatch
     run(monkeypatch, flags(small_world, tmp_path / "s", epochs=500, steps=done + 2))
     assert same_bits(tmp_path / "k", tmp_path / "s")
     steps = [json.loads(line)["step"] for line in open(tmp_path / "k/log.jsonl")]
-    assert steps == list(range(1, done + 3))  # what was done behind the checkpoint stands there once
+    assert steps == list(range(1, done + 3))  # what was done after the checkpoint stands there once
 
 
 def test_frozen_tensors_keep_every_bit(small_world, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ feature of one and no neck has a part in it. Several questions may follow one sc
 
 Then there are drills of the one step that is hard to discover: looking a word up among lettered options and giving its
 letter. Put to it at once, with "The answer is" between the two, a small model stays at chance for a thousand steps and
-more. Asked for the letter right behind the word it gets it in 200, and keeps it while words and distance grow.
+more. Asked for the letter right after the word it gets it in 200, and keeps it while words and distance grow.
 """
 import random
 
@@ -57,7 +57,7 @@ def response(p: dict, with_letter: bool = True) -> str:
 
 
 def telegram(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: bool = True) -> str:
-    """The scene in bare words: those of one thing or crowd in any order, of two things each behind its place."""
+    """The scene in bare words: those of one thing or crowd in any order, of two things each after its place."""
     scene = scenes.ordered(scene)
     first = scene.things[0]
     if scene.kind == "many":

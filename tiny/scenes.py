@@ -138,7 +138,7 @@ def ordered(scene: Scene) -> Scene:
 
 
 def in_words(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene as the language model reads it: of two things each behind its own place, in any order with `rng`."""
+    """The scene as the language model reads it: of two things each after its own place, in any order with `rng`."""
     if scene.kind != "two":
         return caption(scene)
     scene = ordered(scene)
