@@ -73,7 +73,8 @@ def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path,
     whole = sum(json.loads(line)["lr"] for line in open(tmp_path / "one/log.jsonl"))  # Adam moves nothing further than that
     for name in ("two", "many", "ranks"):
         other = adapters(tmp_path / name)
-        assert max((one[n] - other[n]).abs().max().item() for n in one) < whole / 100, name
+        for n in one:
+            assert (one[n] - other[n]).abs().max() < (whole / 100 if ".f_w." in n else 1e-6), f"{name}: {n}"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux shows them")
@@ -167,6 +168,7 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
     assert "no sample of the train split" in message(max_len=2)
     assert fails(monkeypatch, ["--batchsize", "3"]) == "2"
     assert "unknown flag --batchsize; did you mean --batch_size" in capsys.readouterr().err
+    assert fails(monkeypatch, ["--zzzz"]) == "2" and "unknown flag --zzzz; see --help" in capsys.readouterr().err
     assert fails(monkeypatch, ["--recipe", "soup"]) == "2" and "known: tiny, paper" in capsys.readouterr().err
     assert fails(monkeypatch, ["--batch_size", "many"]) == "2" and "invalid int value" in capsys.readouterr().err
     run(monkeypatch, flags(small_world, tmp_path / "r", steps=1))
