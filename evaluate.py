@@ -26,7 +26,7 @@ from pathlib import Path
 
 import cli
 import prompts
-import scores
+from evaluation import scores
 from prompts import Sample
 
 # torch, and our files that need it, are imported only where a model runs
@@ -43,16 +43,16 @@ def read_meta(cfg, pictures: bool = False) -> dict:
 
 def generate(cfg, samples: list[Sample], out: str, meta: dict, until: re.Pattern | None = None, **run) -> dict | None:
     """`predict` by generating text"""
-    import answers
+    from evaluation import answering
     prompts.check_pictures(samples)
     sampling = {"max_new_tokens": cfg.max_new_tokens or meta["max_new_tokens"], "temperature": cfg.temperature,
                 "top_p": cfg.top_p, "seed": cfg.seed}
 
     def work(model, tokenizer, samples, write):
-        answers.answer(model, tokenizer, samples, **sampling, batch_size=cfg.batch_size, progress=cli.processes()[0] == 0,
+        answering.answer(model, tokenizer, samples, **sampling, batch_size=cfg.batch_size, progress=cli.processes()[0] == 0,
                until=until, write=write)
 
-    return answers.predict(cfg, samples, out, {**run, **sampling}, work)
+    return answering.predict(cfg, samples, out, {**run, **sampling}, work)
 
 
 @dataclass
@@ -194,8 +194,8 @@ def truthfulqa(cfg: TruthfulQA) -> tuple[dict, str] | None:
         likely = scores.match(cfg.predictions, scores.read_predictions(cfg.predictions), [s.id for s in samples],
                               f"the questions of {cfg.data}")
     else:
-        import answers
-        likely = answers.predict(cfg, samples, cfg.out, {"command": "truthfulqa", "data": cfg.data}, answers.weigh)
+        from evaluation import answering
+        likely = answering.predict(cfg, samples, cfg.out, {"command": "truthfulqa", "data": cfg.data}, answering.weigh)
     if likely is None:
         return None
     result = scores.truthfulqa(samples, likely)

@@ -19,12 +19,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import adapters
-import compiling
+from speed import compiling
 import weights
 from adapters import AdapterConfig, MMAdapter
 from clip import VisionTransformer
 from llama import KVCache, LLaMA
-from machine import need_compiler
+from speed.machine import need_compiler
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
 

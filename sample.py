@@ -22,9 +22,9 @@ import cli
 import data
 import lavin
 import prompts
-from decoding import bytes_per_token
+from speed.decoding import bytes_per_token
 from llama import Tokenizer
-from machine import bandwidth
+from speed.machine import bandwidth
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 

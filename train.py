@@ -23,17 +23,17 @@ import torch
 import torch.distributed as dist
 
 import adapters
-import answers
+from evaluation import answering
 import cli
 import data
-import price
+from speed import price
 import prompts
-import scores
+from evaluation import scores
 from adapters import AdapterConfig, trainable
 from clip import MEAN_STD, VisionTransformer
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, Tokenizer
-from machine import need_compiler
+from speed.machine import need_compiler
 
 
 @dataclass
@@ -209,7 +209,7 @@ def read(loader: torch.utils.data.DataLoader):
 
 def test(cfg: Config, model: LaVIN, tokenizer: Tokenizer, samples: list, rank: int, ranks: int) -> None:
     """Answer the problems, each rank a share; write predictions.json and scores.json, print the nine columns."""
-    texts = answers.answer(model.eval(), tokenizer, samples[rank::ranks], cfg.max_new_tokens, progress=rank == 0,
+    texts = answering.answer(model.eval(), tokenizer, samples[rank::ranks], cfg.max_new_tokens, progress=rank == 0,
                            until=scores.ANSWER)  # after the letter the score is decided
     parts = [texts]
     if ranks > 1:

@@ -26,8 +26,8 @@ import torch.nn as nn
 
 import adapters
 import cli
-import tensorfiles
-from tensorfiles import Lazy, open_folder, read_json, write_folder
+from official import tensorfiles
+from official.tensorfiles import Lazy, open_folder, read_json, write_folder
 
 Tensors = dict[str, Lazy]
 

@@ -23,7 +23,7 @@ import clip
 import llama
 import weights
 from lavin import LaVIN, LaVINConfig
-from tensorfiles import Lazy, write_folder
+from official.tensorfiles import Lazy, write_folder
 
 
 def random_tensor(seed: int, shape: torch.Size) -> torch.Tensor:

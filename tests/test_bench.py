@@ -10,21 +10,21 @@ import torch
 import torch.nn as nn
 
 import adapters
-import bench
+from speed import bench
 import cli
 import data
-import decoding
+from speed import decoding
 import llama
-import price
+from speed import price
 import prompts
 import train
 from adapters import AdapterConfig, trainable
-from bench import Ours
+from speed.bench import Ours
 from clip import VisionTransformer
 from conftest import ROOT
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
-from price import Kind, Load
+from speed.price import Kind, Load
 from tiny import world
 
 CPU = torch.device("cpu")

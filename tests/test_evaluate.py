@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import answers
+from evaluation import answering
 import data
 import evaluate
 import lavin
 import naive
 import prompts
 import published
-import scores
+from evaluation import scores
 import train
 from conftest import ROOT, ROWS, make_batch, make_lavin
 from llama import Tokenizer
@@ -197,7 +197,7 @@ def test_stopping_at_the_letter_changes_no_score(world, folded):
     model, tokenizer = folded
     samples = prompts.read_scienceqa(world / "s", "test", "QCM-ALE")
     tokenizer.eos = -1  # answers go on after their letter, as with explanations
-    whole, cut = (answers.answer(model, tokenizer, samples, 24, progress=False, until=u) for u in (None, scores.ANSWER))
+    whole, cut = (answering.answer(model, tokenizer, samples, 24, progress=False, until=u) for u in (None, scores.ANSWER))
     assert scores.scienceqa(samples, whole) == scores.scienceqa(samples, cut)
     stopped = [s.id for s in samples if len(cut[s.id]) < len(whole[s.id])]
     assert len(stopped) > 6 and all(whole[id].startswith(cut[id]) for id in whole)
@@ -212,13 +212,13 @@ def test_a_killed_run_goes_on(run, world, tmp_path, monkeypatch):
     run(*argv)
     whole = (tmp_path / "p.jsonl").read_text().splitlines(keepends=True)
     assert len(whole) == 14
-    asked, answer = [], answers.answer
+    asked, answer = [], answering.answer
 
     def spy(model, tokenizer, samples, **kw):
         asked.extend(samples)
         return answer(model, tokenizer, samples, **kw)
 
-    monkeypatch.setattr(answers, "answer", spy)
+    monkeypatch.setattr(answering, "answer", spy)
     for kept in ("".join(whole[:6]) + whole[6][:9], whole[0][:12], ""):  # killed inside a line, or at once
         (tmp_path / "p.jsonl").write_text(kept)
         asked.clear()
@@ -226,7 +226,7 @@ def test_a_killed_run_goes_on(run, world, tmp_path, monkeypatch):
         done = max(0, kept.count("\n") - 1)
         assert len(asked) == 13 - done and (f"{done} predictions are there, {13 - done} to go" in err) == (done > 0)
         assert sorted((tmp_path / "p.jsonl").read_text().splitlines(keepends=True)) == sorted(whole)
-    monkeypatch.setattr(answers, "load", None)  # nothing to go: no model
+    monkeypatch.setattr(answering, "load", None)  # nothing to go: no model
     run(*argv)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import adapters
 import clip
-import compiling
+from speed import compiling
 import llama
 from adapters import AdapterConfig, trainable
 from clip import VisionTransformer

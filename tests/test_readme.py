@@ -3,7 +3,7 @@ import dataclasses
 import re
 import shlex
 
-import bench
+from speed import bench
 import evaluate
 import sample
 import train
@@ -11,7 +11,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 CODE = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
-SCRIPTS = {"train.py": train.Config, "sample.py": sample.Config, "evaluate.py": evaluate.ScienceQA, "bench.py": bench.Config}
+SCRIPTS = {"train.py": train.Config, "sample.py": sample.Config, "evaluate.py": evaluate.ScienceQA, "speed.bench": bench.Config}
 
 
 def test_commands_use_flags_that_exist():

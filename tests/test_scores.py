@@ -11,7 +11,7 @@ import pytest
 import evaluate
 import prompts
 import published
-import scores
+from evaluation import scores
 from conftest import ROOT
 from prompts import Sample
 from tiny import world

@@ -19,7 +19,7 @@ import cli
 import lavin
 import make_random_7b
 import sample
-import tensorfiles
+from official import tensorfiles
 import weights
 from clip import CLIPConfig, VisionTransformer
 from conftest import LLAMA, ROOT, ROWS, close, make_batch, make_lavin, randomize

@@ -9,7 +9,7 @@ import torch
 import clip
 import llama
 import prompts
-import scores
+from evaluation import scores
 import weights
 from conftest import ROOT
 from llama import LLaMA, LLaMAConfig, Tokenizer

@@ -1,10 +1,10 @@
 """What training and answering do cost: time, memory, FLOPs, beside what price.py says they must.
 
-    python bench.py train --preset small                           optimizer steps on ScienceQA's real lengths
-    python bench.py train --preset small --vs hf                   the same in turn with Hugging Face + PEFT (LoRA)
-    python bench.py decode --preset small                          greedy decoding: bare, folded, unfolded LLaMA in turn
-    python bench.py decode --preset small --vs hf                  the same in turn with Hugging Face's generate
-    python bench.py memory --preset 7B --layers 2 --dtype bf16     what is held, kept for the backward, and the peak
+    python -m speed.bench train --preset small                           optimizer steps on ScienceQA's real lengths
+    python -m speed.bench train --preset small --vs hf                   the same in turn with Hugging Face + PEFT (LoRA)
+    python -m speed.bench decode --preset small                          greedy decoding: bare, folded, unfolded LLaMA in turn
+    python -m speed.bench decode --preset small --vs hf                  the same in turn with Hugging Face's generate
+    python -m speed.bench memory --preset 7B --layers 2 --dtype bf16     what is held, kept for the backward, and the peak
 
 Weights and tokens are random, made on the device. The last line on stdout is one JSON object, all else goes to stderr.
 """
@@ -24,14 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip
 import cli
 import data
-import decoding
+from speed import decoding
 import llama
 from adapters import AdapterConfig, MMAdapter, trainable
 from clip import CLIPConfig, VisionTransformer
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
-from machine import matmul_peak, seconds
-from price import A100, EPOCHS, PROBLEMS, Kind, Load, balance, draw, flops, kinds, memory, useful
+from speed.machine import matmul_peak, seconds
+from speed.price import A100, EPOCHS, PROBLEMS, Kind, Load, balance, draw, flops, kinds, memory, useful
 from prompts import Sample
 
 PRESETS = {
@@ -45,7 +45,7 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """python bench.py train|decode|memory: measure, and compare with what was predicted."""
+    """python -m speed.bench train|decode|memory: measure, and compare with what was predicted."""
     preset: str = "small"  # sizes: tiny, small (7B with an eighth of the width), 7B, 13B
     layers: int = 0  # keep only so many LLaMA layers, so that a large width fits; 0: all
     batch_size: int = 32  # train: samples of a step
@@ -159,7 +159,7 @@ def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = 
 
 def examples_of(problems: list[Kind], vocab_size: int, n_cls: int) -> list[data.Example]:
     """random tokens; any picture will do"""
-    picture = Sample("", "", "", Path(__file__).parent / "tiny/demo.png", {})
+    picture = Sample("", "", "", Path(__file__).parents[1] / "tiny/demo.png", {})
     return [data.Example(picture, torch.randint(3, vocab_size, (p.length,)).tolist(), p.prompt, 4, n_cls * p.picture)
             for p in problems]
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 import data
 from lavin import IMAGE, LaVIN
 from llama import LLaMA, Linear
-from machine import bandwidth
+from speed.machine import bandwidth
 
 Answer = Callable[[], tuple[list[int], list[float]]]  # -> tokens, and when each had reached the CPU
 
