@@ -1,11 +1,12 @@
-"""CLIP's vision transformer: the frozen image encoder, and what is done to a picture before it.
+"""CLIP's vision transformer: the frozen image encoder, and the preprocessing of images.
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. Official weights
-come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameter names are OpenAI's.
+    Radford et al. 2021: https://arxiv.org/abs/2103.00020
 
-LaVIN reads no output of the tower but the [cls] token after every fourth block: six for ViT-L/14.
+Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameter names
+are OpenAI's. LaVIN does not use CLIP's final output. It takes the [cls] token after every fourth block, six for
+ViT-L/14: features from shallow to deep.
 
-Shapes: N pictures, T = 1 + (image / patch)^2 tokens, [cls] first, C = width.
+Shapes: N images, T = 1 + (image_size / patch_size)^2 tokens with [cls] first, C = width, r adapter width.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 import weights
-from adapters import recompute, survivors
+from adapters import recompute
 
 
 @dataclass
@@ -27,7 +28,7 @@ class CLIPConfig:
     width: int = 1024
     layers: int = 24
     heads: int = 16
-    cls_every: int = 4  # LaVIN keeps the [cls] after every so many blocks
+    cls_every: int = 4  # LaVIN takes the [cls] token after every so many blocks
 
 
 PRESETS = {
@@ -44,14 +45,14 @@ def from_name(name: str) -> CLIPConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """in fp32 under CUDA's autocast, which would leave its result in fp32 too, and with it every x after it"""
+    """CUDA's autocast returns fp32 from a LayerNorm. Cast back, or every activation behind it is fp32 as well."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)
 
 
 class Attention(nn.Module):
-    """q, k, v fused in one matrix, under the names of torch's MultiheadAttention, which OpenAI used"""
+    """q, k and v in one matrix, with the names of torch's MultiheadAttention, which OpenAI used"""
 
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
@@ -69,6 +70,10 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).reshape(N, T, C))
 
 
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
 class MLP(nn.Module):
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
@@ -79,10 +84,6 @@ class MLP(nn.Module):
         return self.c_proj(recompute(quick_gelu, self.c_fc(x)))
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
 class Block(nn.Module):
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
@@ -90,22 +91,25 @@ class Block(nn.Module):
         self.attn = Attention(cfg)
         self.ln_2 = LayerNorm(cfg.width)
         self.mlp = MLP(cfg)
-        self.adapter_attn = None  # an MMAdapter, once LaVIN puts it here
-        self.routing = "cls"
+        self.adapter_attn = None  # an MMAdapter, once LaVIN adds it
+        self.routing = "cls"  # or "token"
 
     def adapted(self, x, keep):
+        """The attention's input: normalised, then Eq. (2). There is no t_m here: the image routes itself.
+
+        Released code: a slip in the tensor layout routes every image of a batch by the first one, token by token.
+        Here: each image by its own [cls] token, which the authors say they meant. "token" equals the released code
+        run one image at a time, for adapters that were trained with it.
+        """
         z = self.ln_1(x)
         if self.adapter_attn is None:
             return z
-        # Eq. (2) as a unimodal adapter, routed by the picture itself instead of a modality token.
-        # released code: a layout slip routes every picture of a batch by the *first* one, token by token.
-        # here: each picture by its own [cls], which the authors say they meant; "token" equals the released
-        # code run one picture at a time, for adapters that were trained with it.
-        t = z[:, :1] if self.routing == "cls" else z
+        t = z[:, :1] if self.routing == "cls" else z  # [N, 1 or T, C]
         return self.adapter_attn(z, self.adapter_attn.route(t), keep)
 
     def forward(self, x, keep=None):
-        x = x + self.attn(recompute(self.adapted, x, keep))  # what is kept for the backward: see llama.Block
+        """x [N, T, C]; keep: units of the adapter that survive dropout, [N, T, r]"""
+        x = x + self.attn(recompute(self.adapted, x, keep))
         return x + self.mlp(recompute(self.ln_2, x))
 
 
@@ -129,26 +133,22 @@ class VisionTransformer(nn.Module):
 
     @property
     def n_cls(self) -> int:
-        """how many [cls] tokens a picture becomes"""
+        """Number of [cls] tokens that one image yields."""
         return self.cfg.layers // self.cfg.cls_every
 
-    def forward(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
-        """images [N, 3, image_size, image_size], normalised -> X [N, n_cls, C]: [cls] after every cls_every blocks.
+    def forward(self, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """X [N, n_cls, C] of images [N, 3, image_size, image_size]: the [cls] token after every cls_every blocks.
 
-        seeds [N]: of the samples, for the adapters' dropout; None: no dropout.
+        keep: units of every block's adapter that survive dropout, [layers, N, T, r]; None: no dropout.
         """
         x = self.conv1(images.type_as(self.conv1.weight)).flatten(2).transpose(1, 2)  # [N, T - 1, C]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [N, T, C]
         x = self.ln_pre(x + self.positional_embedding)
-        blocks, keep = self.transformer.resblocks, [None] * self.cfg.layers
-        if seeds is not None and blocks[0].adapter_attn is not None:
-            position = torch.arange(x.shape[1], device=x.device)
-            keep = survivors(seeds[:, None], position[None], blocks[0].adapter_attn.cfg, 1000, len(blocks))
         cls = []
-        for i, block in enumerate(blocks, start=1):
-            x = block(x, keep[i - 1])
-            if i % self.cfg.cls_every == 0:
-                cls.append(x[:, 0])  # before ln_post, without the output projection
+        for i, block in enumerate(self.transformer.resblocks):
+            x = block(x, None if keep is None else keep[i])
+            if (i + 1) % self.cfg.cls_every == 0:
+                cls.append(x[:, 0])  # without ln_post and the output projection
         return torch.stack(cls, dim=1)
 
     @classmethod
@@ -162,32 +162,43 @@ class VisionTransformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# pictures
+# images
 
-# LaVIN's released recipe normalises with ImageNet's statistics, not with CLIP's own (deviation of the release)
+# Released code: ImageNet's mean and std, although CLIP was trained with its own. Here: both, see --normalize.
 MEAN_STD = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"  # Pillow's others may start programs (EPS: Ghostscript)
+MAX_PIXELS = 50_000_000  # 150 MB once decoded
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An RGB picture, transparency on white; FileNotFoundError or ValueError in one line."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such picture")
+    """An RGB image, upright, transparency on white; FileNotFoundError or ValueError in one line."""
+    if not Path(path).is_file():  # also false for a FIFO, which would block
+        raise FileNotFoundError(f"{path}: no such image file")
     try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode in ("RGBA", "LA", "P"):
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: not a readable picture ({e})") from None
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are read")
+            return to_rgb(ImageOps.exif_transpose(image))  # cameras store the orientation beside the pixels
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path}: not a readable image ({e})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit or float grey: Pillow would clip it at 255
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        white = 65535 if image.mode != "F" else 1 if grey.max() <= 1 else 255 if grey.max() <= 255 else 65535
+        image = Image.fromarray((grey / white * 255).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, size: int, normalize: str) -> torch.Tensor:
-    """RGB picture -> [3, size, size]: bicubic straight to a square (no crop, aspect ratio not kept), mean/std"""
+    """RGB image -> [3, size, size]: bicubic, straight to a square (aspect ratio not kept, no crop), mean/std."""
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     mean, std = (np.array(x, dtype=np.float32) for x in MEAN_STD[normalize])
     return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).contiguous()

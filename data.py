@@ -1,7 +1,11 @@
-"""Samples (see prompts.py) -> token ids -> batches, and their order.
+"""Samples (prompts.py) -> token ids -> batches -> the order of training, and dropout's masks.
 
-A sequence is [BOS] "Image: " X' rest, or [BOS] "Image: N/A" rest (t_m is not in it, see lavin.py). Its pieces are
-tokenised apart, and targets are the response and EOS.
+One sequence is  [BOS] "Image: " X' prompt response [EOS],  or  [BOS] "Image: N/A" prompt response [EOS].  X' are the
+visual tokens, which LaVIN inserts; the modality token runs outside the sequence (see adapters.py). Head and rest are
+tokenised separately. The targets are the response and EOS.
+
+Everything random here depends only on (seed, epoch) or (seed, step, sample). Splitting a batch over processes or
+micro-batches, and resuming a run, therefore change nothing.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,36 +16,43 @@ import torch
 from clip import open_image, preprocess
 from prompts import Sample
 
+
 # ---------------------------------------------------------------------------------------------------
 # tokens
 
 @dataclass
 class Example:
-    """A sample as token ids: `n_slots` placeholders from `slot` on, response from `start` on."""
+    """A sample as token ids: head, then n_image visual tokens, then rest = prompt, response, EOS."""
     sample: Sample
-    ids: list[int] | np.ndarray
-    start: int
-    slot: int
-    n_slots: int
+    head: list[int]
+    n_image: int
+    rest: list[int] | np.ndarray
+    n_prompt: int  # how many ids of `rest` are prompt
+
+    @property
+    def length(self) -> int:
+        return len(self.head) + self.n_image + len(self.rest)
+
+    @property
+    def start(self) -> int:
+        """Position of the first target."""
+        return len(self.head) + self.n_image + self.n_prompt
 
 
 def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
-    """Token ids of prompt + response + EOS, or of the prompt alone where the response is empty."""
+    """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
-    slot, n_slots = len(head), n_cls if sample.image else 0
-    head += [0] * n_slots
-    start = len(head) + len(tokenizer.encode(sample.prompt))
-    if not sample.response:
-        return Example(sample, head + tokenizer.encode(sample.prompt), start, slot, n_slots)
-    rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
-    return Example(sample, head + rest, start, slot, n_slots)
+    prompt = rest = tokenizer.encode(sample.prompt)
+    if sample.response:  # tokenised together: the tokens at the border may differ
+        rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
+    return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
 
 def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tuple[list[Example], dict[str, int]]:
-    """Training examples of at most max_len tokens, and how many were kept, cut short, dropped.
+    """Training examples of at most max_len tokens, and how many were kept, cut and dropped.
 
-    An empty response (Alpaca-52k has some) leaves nothing to learn from, nor does a prompt that fills the whole length;
-    the released code trains on it and divides by zero targets.
+    Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len. Both leave no target; in the
+    released code the loss then turns NaN. Released code: t_m counts, so our max_len 512 is its 513.
     """
     examples, count = [], {"kept": 0, "cut": 0, "dropped": 0}
     for sample in samples:
@@ -50,68 +61,91 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
             count["dropped"] += 1
             continue
         count["kept"] += 1
-        count["cut"] += len(e.ids) > max_len
-        e.ids = np.array(e.ids[:max_len], dtype=np.int32)  # a list of ints takes 9 times the memory; LLaVA has 350,000
+        count["cut"] += e.length > max_len
+        # int32 arrays: a list of ints takes 9 times the memory, and LLaVA has 350,000 samples
+        e.rest = np.array(e.rest[:max_len - len(e.head) - e.n_image], dtype=np.int32)
         examples.append(e)
     return examples, count
 
 
+# ---------------------------------------------------------------------------------------------------
+# batches
+
 class Batch(NamedTuple):
-    """Samples side by side, one a row, padded after its end where causal attention never looks (B rows); or packed end
-    to end into one row without any padding (B = 1). Indices count through tokens.flatten()."""
-    tokens: torch.Tensor  # [B, T]
-    where: torch.Tensor  # [targets], positions that must predict a token of a response
-    targets: torch.Tensor  # [targets], that token
-    modality: torch.Tensor  # 1 with a picture: [B, 1], packed [1, T]
-    slots: torch.Tensor  # [N n_cls], where the tokens of the pictures go
-    images: torch.Tensor | None  # [N, 3, H, W], each once, however many samples show it
-    shows: torch.Tensor  # [samples with a picture], which of the images that is; empty beside `seen`
-    lengths: torch.Tensor  # [samples]
-    positions: torch.Tensor | None = None  # packed: [1, T], place of each token in its own sequence
-    packed: list[int] | None = None  # packed: the lengths once more, known without asking the device
-    seeds: torch.Tensor | None = None  # packed: [1, T], seed of each token's sample, for dropout
-    seen: torch.Tensor | None = None  # [samples with a picture, n_cls, C], from `LaVIN.look`: instead of images
+    """B samples. Positions count through all sequences laid end to end, visual tokens included."""
+    tokens: torch.Tensor  # ids of heads and rests, sample after sample, without visual tokens
+    pieces: list[int]  # their lengths: head, rest, head, rest, ..
+    lengths: list[int]  # [B], of the sequences
+    modality: list[int]  # [B], 1 with an image
+    predict_at: torch.Tensor  # [targets], positions whose next token is a target
+    targets: torch.Tensor  # [targets]
+    images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
+    image_index: torch.Tensor | None = None  # [samples with an image], which of `images` it is
+    image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X', in place of `images`
+    keep_llama: torch.Tensor | None = None  # [L, 1, T, r], dropout's survivors; None: no dropout
+    keep_vit: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
     def to(self, device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
 
 
-def collate(examples: list[Example], image_size: int, normalize: str, pack: bool = False,
-            seeds: list[int] | None = None, seen: torch.Tensor | None = None) -> Batch:
-    """Pictures are decoded here: in a DataLoader that is a worker's work. seeds: one a sample, for dropout. seen: what
-    `LaVIN.look` made of the pictures, if it has already; then no file is opened."""
-    lengths = [len(e.ids) for e in examples]
-    B, T = (1, sum(lengths)) if pack else (len(examples), max(lengths))
-    starts = np.cumsum([0, *lengths[:-1]]) if pack else range(0, B * T, T)
-    tokens = torch.zeros(B * T, dtype=torch.long)
-    where, slots = [], []
-    for e, at in zip(examples, map(int, starts)):
-        tokens[at: at + len(e.ids)] = torch.tensor(e.ids)
-        where += range(at + e.start - 1, at + len(e.ids) - 1)
-        slots += range(at + e.slot, at + e.slot + e.n_slots)
-    where = torch.tensor(where, dtype=torch.long)
-    files = [e.sample.image for e in examples if e.n_slots and seen is None]
+def collate(examples: list[Example], image_size: int, normalize: str,
+            image_embeds: torch.Tensor | None = None) -> Batch:
+    """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
+    tokens = np.concatenate([ids for e in examples for ids in (e.head, e.rest)])
+    pieces = [len(ids) for e in examples for ids in (e.head, e.rest)]
+    predict_at, targets, begin = [], [], 0
+    for e in examples:
+        predict_at.append(np.arange(begin + e.start - 1, begin + e.length - 1))
+        targets.append(e.rest[e.n_prompt:])
+        begin += e.length
+    predict_at, targets = np.concatenate(predict_at), np.concatenate(targets)
+    tokens, predict_at, targets = (torch.from_numpy(x.astype(np.int64)) for x in (tokens, predict_at, targets))
+    batch = Batch(tokens, pieces, [e.length for e in examples], [int(e.n_image > 0) for e in examples],
+                  predict_at, targets, image_embeds=image_embeds)
+    files = [e.sample.image for e in examples if e.n_image]
+    if not files or image_embeds is not None:
+        return batch
     distinct = list(dict.fromkeys(files))
-    shows = torch.tensor([distinct.index(file) for file in files], dtype=torch.long)
-    images = [preprocess(open_image(file), image_size, normalize) for file in distinct]
-    modality, sizes = torch.tensor([int(e.n_slots > 0) for e in examples]), torch.tensor(lengths)
-    batch = Batch(tokens.view(B, T), where, tokens[where + 1], modality[:, None], torch.tensor(slots, dtype=torch.long),
-                  torch.stack(images) if images else None, shows, sizes, seen=seen)
-    if pack:
-        batch = batch._replace(modality=modality.repeat_interleave(sizes)[None], packed=lengths,
-                               positions=torch.cat([torch.arange(n) for n in lengths])[None],
-                               seeds=None if seeds is None else torch.tensor(seeds).repeat_interleave(sizes)[None])
-    return batch
+    images = torch.stack([preprocess(open_image(file), image_size, normalize) for file in distinct])
+    return batch._replace(images=images, image_index=torch.tensor([distinct.index(file) for file in files]))
+
+
+class Dropout(NamedTuple):
+    """Sizes of dropout's masks. The masks are made here, with the batch, so the model is free of random numbers."""
+    p: float
+    r: int  # adapter width
+    layers: int  # of LLaMA
+    vit_blocks: int  # with adapters
+    vit_tokens: int
+
+    @classmethod
+    def of(cls, model) -> "Dropout | None":
+        """The masks that a LaVIN needs in training."""
+        cfg, vit = model.cfg.adapter, model.vit if model.cfg.vit_adapters else None
+        blocks, tokens = (vit.cfg.layers, len(vit.positional_embedding)) if vit else (0, 0)
+        return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
+
+    def masks(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
+        """keep_llama and keep_vit of a Batch; seeds: one per sample, so a mask does not depend on batch-mates."""
+        llama, vit = [], []
+        for e, seed in zip(examples, seeds):
+            random = np.random.default_rng(seed)
+            llama.append(random.random((self.layers, e.length, self.r), np.float32) >= self.p)
+            if e.n_image:
+                vit.append(random.random((self.vit_blocks, self.vit_tokens, self.r), np.float32) >= self.p)
+        masks = {"keep_llama": torch.from_numpy(np.concatenate(llama, axis=1)[:, None])}
+        return masks | ({"keep_vit": torch.from_numpy(np.stack(vit, axis=1))} if vit and self.vit_blocks else {})
 
 
 # ---------------------------------------------------------------------------------------------------
 # order
 
 def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[list[list[int]]]:
-    """One global batch -> for every rank its micro-batches of at most `micro` samples.
+    """Split the samples of a global batch: for each rank its micro-batches of at most `micro` samples.
 
-    Sorted by length and dealt out to and fro, ranks carry nearly equal loads, and so do a rank's own micro-batches,
-    dealt out again: memory peaks at the largest. Which samples form the batch does not change.
+    Samples are sorted by length and dealt like cards, forth and back, so all ranks carry nearly the same number of
+    tokens. Each rank deals its share to its micro-batches in the same way, since the largest sets the peak memory.
     """
     def dealt(cards: list[int], players: int) -> list[list[int]]:
         hands = [[] for _ in range(players)]
@@ -124,32 +158,32 @@ def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[
 
 
 class Steps(torch.utils.data.Dataset):
-    """Item k is what this rank computes at optimizer step k: its micro-batches, and the global number of targets.
-
-    The order is a function of (seed, epoch) alone: neither resuming nor the number of ranks changes which samples
-    meet in a step.
-    """
+    """Item k: the micro-batches of this rank at optimizer step k, and the number of targets over all ranks."""
 
     def __init__(self, examples: list[Example], batch_size: int, micro: int, rank: int, ranks: int, seed: int,
-                 image_size: int, normalize: str):
+                 image_size: int, normalize: str, dropout: Dropout | None = None):
         self.examples, self.batch_size, self.micro, self.rank, self.ranks = examples, batch_size, micro, rank, ranks
-        self.seed, self.image_size, self.normalize = seed, image_size, normalize
-        self.lengths = [len(e.ids) for e in examples]
+        self.seed, self.image_size, self.normalize, self.dropout = seed, image_size, normalize, dropout
+        self.lengths = [e.length for e in examples]
         self.per_epoch = -(-len(examples) // batch_size)
-        self.order = None, None  # an epoch and its order
+        self.epoch, self.order = None, None
 
     def chosen(self, step: int) -> list[int]:
-        """indices of the samples of the global batch"""
+        """Indices of the samples of the global batch."""
         epoch, k = divmod(step, self.per_epoch)
-        if self.order[0] != epoch:  # kept: a million samples take 20 ms to shuffle
-            self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
-        return self.order[1][k * self.batch_size: (k + 1) * self.batch_size].tolist()
+        if self.epoch != epoch:  # shuffling a million samples takes 20 ms: once per epoch
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+            self.epoch, self.order = epoch, order
+        return self.order[k * self.batch_size: (k + 1) * self.batch_size].tolist()
 
     def __getitem__(self, step: int) -> tuple[list[Batch], int]:
         chosen = self.chosen(step)
-        n_targets = sum(len(self.examples[i].ids) - self.examples[i].start for i in chosen)
-        mine = deal(chosen, self.lengths, self.ranks, self.micro)[self.rank]
-        # dropout is a function of (seed, step, sample), whatever this step is spread over
-        seeds = {i: int(np.random.default_rng([self.seed, step, i]).integers(2 ** 62)) for micro in mine for i in micro}
-        return [collate([self.examples[i] for i in m], self.image_size, self.normalize, True, [seeds[i] for i in m])
-                for m in mine], n_targets
+        n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
+        batches = []
+        for micro in deal(chosen, self.lengths, self.ranks, self.micro)[self.rank]:
+            examples = [self.examples[i] for i in micro]
+            batch = collate(examples, self.image_size, self.normalize)
+            if self.dropout:
+                batch = batch._replace(**self.dropout.masks(examples, [[self.seed, step, i] for i in micro]))
+            batches.append(batch)
+        return batches, n_targets

@@ -1,12 +1,16 @@
 """LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by adapters, a visual neck and a modality embedding.
 
-    Luo et al., "Cheap and Quick: Efficient Vision-Language Instruction Tuning for LLMs", NeurIPS 2023.
+    Luo et al., "Cheap and Quick: Efficient Vision-Language Instruction Tuning for LLMs", NeurIPS 2023:
+    https://arxiv.org/abs/2305.15023
 
-What is here: the modality token, the neck, how text and picture become one sequence, the loss, generation.
-The same forward serves training, prefill and decoding.
+This file holds what joins the two models: the modality token (Eq. 1), the neck (Eq. 6), the input (Eq. 7), the
+training loss (Eq. 5) and generation (Eq. 8). Everything that trains lies below a name that begins with `adapter_`.
 
-Shapes: B samples, T tokens, C LLM width, N pictures among the B samples, n [cls] tokens a picture, v ViT width,
-L LLaMA layers, V vocabulary.
+Precision: where the base is bf16, matrix products run in bf16 under autocast. The adapters are kept in fp32; norms,
+softmax and loss are computed in fp32.
+
+Shapes: B samples, T tokens, C LLaMA's width, n [cls] tokens per image, v ViT width, h neck width, L LLaMA layers,
+V vocabulary.
 """
 import hashlib
 from contextlib import nullcontext
@@ -17,86 +21,72 @@ from typing import Callable, Iterator
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import adapters
-from speed import compiling
 import weights
-from adapters import AdapterConfig, MMAdapter
+from adapters import AdapterConfig, MMAdapter, xavier
 from clip import VisionTransformer
+from data import Batch
 from llama import KVCache, LLaMA
-from speed.machine import need_compiler
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
+LOSS_ROWS = 256  # rows of logits that exist at once; one row of 32,000 logits takes 128 KB in fp32
 
 
 @dataclass
 class LaVINConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    vision: bool = True  # False: the text-only row of Table 2, no image encoder at all
-    vit_adapters: bool = True  # "joint optimisation" in Table 2
+    vision: bool = True  # False: text only, no image encoder (first row of Table 2)
+    vit_adapters: bool = True  # adapters in the ViT too: "joint optimisation" in Table 2
     vit_routing: str = "cls"  # "token" for adapters released by the authors, see clip.Block
     neck_dim: int = 128  # h
-    normalize: str = "imagenet"  # the pictures' mean/std, a key of clip.MEAN_STD
+    normalize: str = "imagenet"  # mean and std of the images, a key of clip.MEAN_STD
 
 
 class Neck(nn.Module):
     def __init__(self, v: int, h: int, d: int):
         super().__init__()
         self.W_d, self.W_u = nn.Linear(v, h), nn.Linear(h, d)
-        for w in (self.W_d, self.W_u):
-            nn.init.xavier_uniform_(w.weight)
-            nn.init.zeros_(w.bias)
+        xavier(self.W_d), xavier(self.W_u)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X [N, n, v] -> X' [N, n, C]"""
+        # the paper's text says SwiGLU; its formula, the released code and this code use SiLU
         return self.W_u(F.silu(self.W_d(x)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
-class NegativeLogLikelihood(torch.autograd.Function):
-    """Sum of -log softmax(h W^T)[target] over n rows, some rows at a time: [n, V] logits never exist at once.
+def negative_log_likelihood(h: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """- sum of log softmax(h W^T)[target] in fp32; h [n, C], W [V, C] frozen, targets [n].
 
-    W is frozen and the loss a plain sum, so the gradient of h is known as soon as a chunk's logits are, and is all
-    that is kept. h [n, C], W [V, C], targets [n] -> fp32 scalar.
+    All n x V logits at once would dominate the memory. LOSS_ROWS rows at a time, the loss and its gradient with
+    respect to h are computed together, and only the gradient is kept.
     """
-    ROWS = 256  # 32,000 logits in fp32 are 128 KB a row
-
-    @staticmethod
-    def forward(ctx, h, W, targets):
-        loss, grad = h.new_zeros((), dtype=torch.float32), torch.empty_like(h)
-        for i in range(0, len(h), NegativeLogLikelihood.ROWS):
-            rows = slice(i, i + NegativeLogLikelihood.ROWS)
-            logp = F.log_softmax(F.linear(h[rows], W).float(), dim=-1)  # [rows, V]
-            loss -= logp.gather(1, targets[rows, None]).sum()
-            p = logp.exp_()
-            p.scatter_add_(1, targets[rows, None], -torch.ones_like(p[:, :1]))  # softmax - one-hot
-            grad[rows] = p.to(W.dtype) @ W
-        ctx.save_for_backward(grad)
-        return loss
-
-    @staticmethod
-    def backward(ctx, d_loss):
-        (grad,) = ctx.saved_tensors
-        return (grad.float() * d_loss).to(grad.dtype), None, None
+    loss, gradients = torch.zeros((), device=h.device), []
+    for h_i, targets_i in zip(h.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
+        with torch.enable_grad():
+            h_i.requires_grad_()
+            log_p = F.log_softmax(F.linear(h_i, W).float(), dim=-1)  # [rows, V]
+            loss_i = -log_p.gather(1, targets_i[:, None]).sum()
+        gradients += torch.autograd.grad(loss_i, h_i)
+        loss += loss_i.detach()
+    return loss + (torch.cat(gradients) * (h - h.detach())).sum()  # its value is the loss, its gradient that of h
 
 
 class LaVIN(nn.Module):
-    """Everything trainable lies under a name that starts with `adapter_`; the rest is frozen here."""
-
     def __init__(self, llama: LLaMA, vit: VisionTransformer | None, cfg: LaVINConfig):
         super().__init__()
         self.cfg, self.llama, self.vit = cfg, llama, vit if cfg.vision else None
-        d = llama.cfg.dim
         for layer in llama.layers:
-            layer.adapter_attn = adapters.new_adapter(d, cfg.adapter)
+            layer.adapter_attn = adapters.new_adapter(llama.cfg.dim, cfg.adapter)
         if cfg.adapter.kind == "mm":
-            self.adapter_modality_embedding = nn.Embedding(2, d)  # E_m, N(0, 1)
+            self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
-            self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, d)
+            self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
             for block in vit.transformer.resblocks if cfg.vit_adapters else ():
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routing = cfg.vit_routing
-        self.folded = {}  # modality -> wqkv of every layer, see fold
-        self.compiled = None  # see compile_step
+        self.folded = {}  # {modality: [(W, b) of every layer]}, see `fold`
         adapters.freeze_base(self)
 
     @property
@@ -104,7 +94,7 @@ class LaVIN(nn.Module):
         return self.llama.norm.weight.device
 
     def autocast(self):
-        """bf16 products where the base is bf16; adapters keep fp32 masters, norms, softmax and loss are fp32"""
+        """A context in which matrix products run in the dtype of the base."""
         if self.llama.norm.weight.dtype == torch.bfloat16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
@@ -112,161 +102,150 @@ class LaVIN(nn.Module):
     # -----------------------------------------------------------------------------------------------
     # input
 
-    def routing(self, modality: torch.Tensor) -> torch.Tensor | None:
-        """modality [..] of TEXT or IMAGE -> w [L, .., 2]; None if the adapters have no router"""
+    def routing(self) -> torch.Tensor | None:
+        """w [L, 2, 2]: each layer's routing weights for TEXT and for IMAGE; None without a router."""
         if self.cfg.adapter.kind != "mm" or self.folded:
             return None
-        t_m = self.adapter_modality_embedding.weight  # Eq. (1): t_m = m E_m, for both one-hot m at once: [2, C]
-        return self.llama.route(t_m.to(self.llama.norm.weight.dtype))[:, modality]
+        m, E_m = torch.eye(2, device=self.device), self.adapter_modality_embedding.weight
+        t_m = m @ E_m  # Eq. (1): t_m = m E_m, here for both one-hot m at once: [2, C]
+        return self.llama.route(t_m.to(self.llama.norm.weight.dtype))
 
-    def embed(self, batch) -> torch.Tensor:
-        """Z [B, T, C]: word embeddings, with X' in the slots that the collation left for it.
+    def encode_images(self, batch: Batch) -> torch.Tensor:
+        """X' of every sample that has an image, [.., n, C].
 
-        The ViT sees only the pictures that exist (the released code runs a black one for every text sample).
+        Each distinct image is encoded once; with dropout once per sample, because each sample has its own masks.
+        Released code: runs the ViT on a black image for every text sample. Here: only on images that exist.
         """
-        z = self.llama.tok_embeddings(batch.tokens)
-        if not len(batch.slots):
-            return z
-        x = self.look(batch) if batch.seen is None else batch.seen
-        # Eq. (7): Z = [t_m, X', Y] with a picture, [t_m, Y] without; t_m runs beside it, see LLaMA.route
-        return z.flatten(0, 1).index_copy(0, batch.slots, x.flatten(0, 1).to(z.dtype)).view_as(z)
+        if batch.keep_vit is None:
+            return self.adapter_proj(self.vit(batch.images))[batch.image_index]
+        return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.keep_vit))
 
-    def look(self, batch) -> torch.Tensor:
-        """X' of each sample that shows a picture [.., n, C]. What several samples show, is encoded once; in training
-        for each of them, because dropout is the sample's own."""
-        seeds = self.seeds(batch, batch.slots.view(len(batch.shows), -1)[:, 0])
-        if seeds is not None:
-            return self.adapter_proj(self.vit(batch.images[batch.shows], seeds))
-        return self.adapter_proj(self.vit(batch.images))[batch.shows]
-
-    def seeds(self, batch, where=slice(None)) -> torch.Tensor | None:
-        """for dropout, the seed of the sample that each of these tokens belongs to; None where there is no dropout"""
-        dropout = self.training and self.cfg.adapter.dropout > 0 and batch.seeds is not None
-        return batch.seeds.flatten()[where] if dropout else None
+    def embed(self, batch: Batch) -> list[torch.Tensor]:
+        """Z of each sample, [T, C]."""
+        words = self.llama.tok_embeddings(batch.tokens).split(batch.pieces)  # Y: head, rest, head, rest, ..
+        X = batch.image_embeds
+        if X is None and IMAGE in batch.modality:
+            X = self.encode_images(batch)
+        Z, image = [], iter(() if X is None else X)
+        for m, head, rest in zip(batch.modality, words[::2], words[1::2]):
+            # Eq. (7): Z = [t_m, X', Y] with an image, [t_m, Y] without. t_m runs apart, see LLaMA.route.
+            # The paper puts X' before the text; the released code and this code put it behind [BOS] "Image: ".
+            Z.append(torch.cat([head, next(image).type_as(head), rest] if m == IMAGE else [head, rest]))
+        return Z
 
     # -----------------------------------------------------------------------------------------------
     # training
 
-    def forward(self, batch) -> torch.Tensor:
-        """Sum of the negative log-likelihoods of the batch's target tokens (fp32 scalar).
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
+        w = self.routing()
+        if w is not None:  # a pair of weights for every token
+            samples = zip(batch.modality, batch.lengths)
+            w = torch.cat([w[:, None, m, None].expand(-1, -1, n, -1) for m, n in samples], dim=2)  # [L, 1, T, 2]
+        Z = torch.cat(self.embed(batch))[None]  # [1, T, C]: all samples, packed end to end
+        return self.llama(Z, w, batch.lengths, batch.keep_llama)[0, batch.predict_at]
 
-        The sum, not the mean: divided by the number of targets in the *global* batch it is the same loss for every
-        split into ranks and accumulation steps. (The released code averages per-micro-batch means.)
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Eq. (5) for one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
+
+        A sum, not a mean: train.py divides by the number of targets in the global batch, so every split of that
+        batch gives the same update. Released code: averages the means of micro-batches.
         """
-        with self.autocast():
-            seeds = self.seeds(batch)
-            h = self.llama(self.embed(batch), self.routing(batch.modality), batch.positions, batch.packed,
-                           seeds=None if seeds is None else seeds.view_as(batch.tokens))
-            h = h.flatten(0, 1)[batch.where]  # [targets, C]: no logits where nothing is asked
-            # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s runs to S + 1, the EOS
-            return NegativeLogLikelihood.apply(h, self.llama.output.weight, batch.targets)
+        h = self.hidden(batch)
+        # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s = 1 .. S+1 includes EOS
+        return negative_log_likelihood(h, self.llama.output.weight, batch.targets)
 
     # -----------------------------------------------------------------------------------------------
     # generation
 
     @torch.no_grad()
     def fold(self, *modalities: int) -> "LaVIN":
-        """Fold LLaMA's adapters into the projections after them, for answering in these modalities only.
+        """Merge LLaMA's adapters into wq, wk and wv, for answering in these modalities: adapters then cost nothing.
 
-        In LLaMA the routing weights are constants of the modality, so an adapter is one affine map for each, and costs
-        nothing any more; a second modality costs a second set of those. The ViT's adapters are routed by each
-        picture's own [cls]: no constant map to fold there. Not to be trained or saved afterwards.
+        Each modality beyond the first costs a second copy of the three matrices. The ViT's adapters stay: their
+        routing weights depend on the image. A folded model can no longer be trained or saved.
         """
         with self.autocast():
-            w = self.routing(torch.tensor(modalities, device=self.device))  # [L, modalities, 2] or None
-        self.folded.update({m: [] for m in modalities})
-        for i, layer in enumerate(self.llama.layers):
+            w = self.routing()
+        self.folded = {m: [] for m in modalities}
+        for i, layer in enumerate(self.llama.layers):  # layer by layer: both sets at once would double the memory
             a = layer.attention
-            for k, m in enumerate(modalities):
-                self.folded[m].append(adapters.fold([a.wq, a.wk, a.wv], layer.adapter_attn, None if w is None else w[i, k]))
-            layer.adapter_attn = a.wq = a.wk = a.wv = None  # layer by layer, or both sets would fill the memory at once
-        self.enter(modalities[0])
+            for m in modalities:
+                pairs = [adapters.fold(x.weight, layer.adapter_attn, None if w is None else w[i, m])
+                         for x in (a.wq, a.wk, a.wv)]
+                self.folded[m].append(tuple(map(torch.cat, zip(*pairs))))  # W [3 C, C], b [3 C]
+            layer.adapter_attn = None
+            self.enter(modalities[0], i)
         return self
 
-    def enter(self, modality: int) -> None:
-        """put one modality's folded projections to work"""
+    def enter(self, modality: int, *layers: int) -> None:
+        """Use the projections that were folded for this modality."""
         if modality not in self.folded:
             raise ValueError(f"folded for modalities {list(self.folded)}, asked in {modality}; fold for both")
-        for layer, wqkv in zip(self.llama.layers, self.folded[modality]):
-            layer.attention.wqkv = wqkv
+        self.entered = modality
+        for i in layers or range(len(self.llama.layers)):
+            a, (W, b) = self.llama.layers[i].attention, self.folded[modality][i]
+            for linear, W_i, b_i in zip((a.wq, a.wk, a.wv), W.chunk(3), (None,) * 3 if b is None else b.chunk(3)):
+                linear.weight = nn.Parameter(W_i, requires_grad=False)
+                linear.bias = None if b is None else nn.Parameter(b_i, requires_grad=False)
 
-    def compile_step(self) -> "LaVIN":
-        """Have torch compile the step of one token, as compiling.py tells; to be called after `fold`. ValueError without a
-        compiler."""
-        need_compiler()
-        self.compiled = compiling.Program(self) if self.device.type == "cpu" else compiling.Graph(self)
-        return self
+    def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
+        """Read the prompts. -> logits [B, V] of the next token, a cache for `room` more tokens, routing weights"""
+        with self.autocast():
+            w = self.routing()
+            w = None if w is None else w[:, batch.modality, None]  # [L, B, 1, 2]
+            Z = pad_sequence(self.embed(batch), batch_first=True)  # [B, T, C]
+            cache = KVCache(self.llama.cfg, len(Z), Z.shape[1] + room, self.device, self.llama.norm.weight.dtype)
+            lengths = torch.tensor(batch.lengths, device=self.device)
+            h = self.llama.prefill(Z, w, lengths, cache)[torch.arange(len(Z)), lengths - 1]  # [B, C]
+            return self.llama.output(h).float(), cache, w
 
-    def cache(self, B: int, S: int) -> KVCache:
-        return KVCache.empty(self.llama.cfg, B, S, self.device, self.llama.norm.weight.dtype)
+    def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read one more token of each row, [B] -> logits [B, V] of the next"""
+        with self.autocast():
+            h = self.llama.decode(self.llama.tok_embeddings(token[:, None]), w, cache)
+            return self.llama.output(h[:, 0]).float()
 
-    def step(self, token, w, positions, cache, filled=None) -> torch.Tensor:
-        """tokens [B] and their positions [B] -> logits [B, V] of what comes next"""
-        return self.llama.output(self.llama(token[:, None], w, positions[:, None], cache=cache, filled=filled)[:, 0]).float()
+    @torch.inference_mode()
+    def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
+               seed: int = 0, step: Callable | None = None) -> Iterator[list[int | None]]:
+        """Yield the next token of every row, again and again; None for rows that have reached EOS.
 
-    def stream(self, batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
-               seed: int = 0, complete: Callable[[list[int]], bool] | None = None) -> Iterator[list[int | None]]:
-        """Yield, step by step, the next token of each row of `batch`, None for rows that are done.
-
-        A row ends at its own EOS (which is not yielded), or once `complete` says so of its answer's ids so far. Rows
-        may differ in length and modality. A row's answer depends on its prompt and the seed alone: every row takes the
-        same random number at a step, so it does not matter who its neighbours are. temperature 0 is greedy. ValueError
-        if a prompt does not fit the context.
+        Rows may differ in length and modality. A row's answer does not depend on its batch-mates: all rows use the
+        same random number at a step. temperature 0 is greedy. ValueError if a prompt does not fit the context.
+        step(token, cache): a faster way to decode, such as speed.step.FastStep.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"--temperature {temperature} --top_p {top_p}: expected at least 0, and a share above 0")
-        longest = int(batch.lengths.max())
-        room = self.llama.cfg.max_seq_len - longest
-        if room < 1:
-            raise ValueError(f"the prompt has {longest} tokens; this LLaMA's context holds "
-                             f"{self.llama.cfg.max_seq_len}, answer included")
-        max_new_tokens = min(max_new_tokens, room)
+        longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
+        if longest >= context:  # released code: cuts the prompt silently
+            raise ValueError(f"the prompt has {longest} tokens; this LLaMA's context holds {context}, answer included")
         if self.folded:
-            modalities = batch.modality.unique().tolist()
-            assert len(modalities) == 1, "a folded model answers one modality at a time"
-            self.enter(modalities[0])
-        B, T = batch.tokens.shape
+            assert len(set(batch.modality)) == 1, "a folded model answers one modality at a time"
+            self.enter(batch.modality[0])
+        max_new_tokens = min(max_new_tokens, context - longest)
         random = torch.Generator().manual_seed(seed)
-        done, answers = [False] * B, [[] for _ in range(B)]
-        with torch.inference_mode(), self.autocast():
-            w = self.routing(batch.modality)
-            cache = (self.compiled or self).cache(B, T + max_new_tokens)
-            h = self.llama(self.embed(batch), w, cache=cache)
-            logits = self.llama.output(h[torch.arange(B, device=h.device), batch.lengths - 1]).float()  # [B, V]
-        step = self.compiled or self.step
-        autocast = nullcontext if self.folded else self.autocast  # folded, all is of one dtype; looking takes 4% of a step
-        for i in range(max_new_tokens):
-            with torch.inference_mode(), autocast():  # never across a yield: both are states of the whole thread
-                if i:
-                    logits = step(token, w, batch.lengths + i - 1, cache, longest + i)
-                # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-                token = pick(logits, temperature, top_p, random)  # [B]
+        done = [False] * len(batch.lengths)
+        logits, cache, w = self.prefill(batch, max_new_tokens)
+        for s in range(max_new_tokens):
+            if s:
+                logits = step(token, cache) if step else self.decode(w, token, cache)
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): one token after the other
+            token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()
-            done = [d or t == eos for d, t in zip(done, ids)]
+            done = [d or id == eos for d, id in zip(done, ids)]
             if all(done):
                 return
-            yield [None if d else t for d, t in zip(done, ids)]
-            if complete:
-                for b in (b for b in range(B) if not done[b]):
-                    answers[b].append(ids[b])
-                    done[b] = complete(answers[b])
-                if all(done):
-                    return
+            yield [None if d else id for d, id in zip(done, ids)]
 
-    def generate(self, batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
+    def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""
-        answers = [[] for _ in range(len(batch.tokens))]
-        for step in self.stream(batch, max_new_tokens, eos, **sampling):
-            for answer, token in zip(answers, step):
-                if token is not None:
-                    answer.append(token)
-        return answers
+        steps = zip(*self.stream(batch, max_new_tokens, eos, **sampling))
+        return [[id for id in row if id is not None] for row in steps] or [[] for _ in batch.lengths]
 
     # -----------------------------------------------------------------------------------------------
     # files
 
     def fingerprint(self) -> str:
-        """A hash of the frozen base: 64 spread values of every frozen tensor, the same for fp32 and bf16 copies."""
+        """A hash of the frozen base: 64 values of every frozen tensor. fp32 and bf16 copies have the same."""
         digest = hashlib.sha256()
         for name, p in sorted(self.named_parameters()):
             if "adapter_" not in name:
@@ -276,40 +255,40 @@ class LaVIN(nn.Module):
         return digest.hexdigest()[:16]
 
     def save(self, path: str | Path, **meta) -> None:
-        """Write the adapters with everything needed to rebuild this model around the same base."""
-        adapters.save_adapters(path, self, {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg),
-                                            "base": self.fingerprint(), **meta})
+        """Write the adapters, with everything needed to rebuild this model around the same base."""
+        meta = {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg), "base": self.fingerprint(), **meta}
+        adapters.write_adapters(path, adapters.trainable(self), meta)
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
-    """logits [B, V] -> tokens [B]: greedy at temperature 0, else top-p (nucleus) sampling."""
+    """logits [B, V] -> tokens [B]: greedy at temperature 0, otherwise top-p (nucleus) sampling."""
     if temperature == 0:
         return logits.argmax(-1)
     p, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the fewest tokens whose mass reaches top_p
-    c = p.cumsum(-1)
-    u = torch.rand((), generator=random).item()  # one draw for all rows
-    i = (c <= u * c[:, -1:]).sum(-1, keepdim=True).clamp(max=c.shape[1] - 1)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
+    cumulative = p.cumsum(-1)
+    u = torch.rand((), generator=random).item()  # one number for all rows
+    i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]
 
 
 def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device="cpu", dtype=torch.float32,
          any_base: bool = False) -> tuple[LaVIN, dict]:
-    """(model, metadata) from an adapter file, ours or a released .pth, and the base it was trained on.
+    """(model, metadata) of an adapter file, ours or a released .pth, and the base that it was trained on.
 
-    ValueError if the base has other sizes, or other weights unless `any_base`.
+    ValueError if the base has other sizes, or other weights and not `any_base`.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})
     llama = LLaMA.from_pretrained(llama_path, device, dtype)
-    sizes = [(size["dim"], size["n_layers"]) for size in (meta["llama"], asdict(llama.cfg))]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"{path}: for a LLaMA of (width, layers) {sizes[0]}, {llama_path} has {sizes[1]}; "
-                         "point --llama at the one it was trained on")
+    wanted, found = ((x["dim"], x["n_layers"]) for x in (meta["llama"], asdict(llama.cfg)))
+    if wanted != found:
+        raise ValueError(f"{path}: trained on a LLaMA of (width, layers) {wanted}, but {llama_path} has {found}; "
+                         "point --llama at that LLaMA")
     vit = VisionTransformer.from_pretrained(clip_path, device, dtype) if cfg.vision else None
     model = LaVIN(llama, vit, cfg)
     adapters.load_adapters(model, tensors, str(path))
-    if meta["base"] not in (None, model.fingerprint()) and not any_base:  # None: released files do not tell
-        raise ValueError(f"{path}: trained on another base than {llama_path} + {clip_path} (fingerprint {meta['base']}, "
-                         f"here {model.fingerprint()}); point --llama and --clip at that one, or pass --any_base")
+    if meta["base"] not in (None, model.fingerprint()) and not any_base:  # released files have no fingerprint
+        raise ValueError(f"{path}: trained on another base than {llama_path} + {clip_path} (fingerprint "
+                         f"{meta['base']}, here {model.fingerprint()}); pass that base, or --any_base")
     return model.to(device).eval(), meta

@@ -1,27 +1,31 @@
-"""LLaMA: the frozen language model, and its tokenizer.
+"""LLaMA: the frozen language model, its key/value cache, its tokenizer.
 
-Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023. Official weights come from
-Meta on request (`consolidated.NN.pth` + `params.json`) or from the Hugging Face hub; weights.py reads both.
-Parameter names are Meta's, so that loading needs hardly any renaming.
+    Touvron et al. 2023: https://arxiv.org/abs/2302.13971
 
-One model trains and generates: `forward` takes a batch of whole sequences, side by side or packed end to end, or the
-next piece of sequences whose past lies in a `KVCache`. The adapter in front of each attention is an explicit call;
-absent = identity.
+Official weights come from Meta on request, or from the Hugging Face hub; weights.py reads both layouts. Parameter
+names are Meta's, so loading needs hardly any renaming.
 
-Shapes: B samples, T tokens, C = dim, H heads, D = C / H head width, S slots of a cache, L layers. Packed: B is 1 and
-T the sum of all sequences' lengths.
+One block, three ways to use it. `forward` trains on whole sequences, packed end to end without padding. `prefill`
+reads prompts into a cache. `decode` reads one more token of each row. They differ only in which keys a query sees.
+An adapter stands in front of each attention as an explicit call; without one, the block is plain LLaMA.
+
+What a training step keeps for the backward, per token and block: x, q, k, v, the attention's output and log-sums, x
+after the attention, gate and up. Frozen projections keep nothing, because their weights need no gradient; norms,
+adapters and SwiGLU are recomputed.
+
+Shapes: B samples, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import weights
-from adapters import recompute, survivors
+from adapters import recompute
 
 
 @dataclass
@@ -60,133 +64,80 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
 
 
-def mkl_is_slow() -> bool:
-    """A product with one row makes MKL wait for memory on AMD's CPUs, not on Intel's."""
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and "AuthenticAMD" in cpu.read_text()
-
-
-class Linear(nn.Linear):
-    """x W^T + b. A few rows on an AMD CPU are multiplied by the two halves of W in one batched product: where W comes
-    from memory and its rows are short, MKL reads 22 GB/s that way and 8 in the plain product (width 512, one core of an
-    EPYC; on an Intel Xeon 7 and 14). A small W lies in a cache, and rows of 4,096 are read as fast by the plain product.
-    """
-    by_halves = mkl_is_slow()
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, device=None):
-        super().__init__(inputs, outputs, bias, device)
-        self.in_halves = self.by_halves and inputs <= 2048 and inputs * outputs >= 2 ** 18 and outputs % 2 == 0
-
-    def forward(self, x):
-        W, b = self.weight, self.bias
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == W.shape[1]:
-            # one loop, once compiled, that reads W at four places at once: as fast as the memory gives it
-            y = torch.cat([(rows * x.flatten()).sum(-1) for rows in W.chunk(4)])
-            return (y if b is None else y + b).view(*x.shape[:-1], -1)
-        if not self.in_halves or x.device.type != "cpu" or W.dtype != torch.float32 or x.numel() > 4 * W.shape[1] \
-                or torch.is_grad_enabled():
-            return F.linear(x, W, b)
-        columns = x.flatten(0, -2).t().expand(2, -1, -1)  # [2, in, rows]
-        W = W.view(2, -1, W.shape[1])
-        y = torch.bmm(W, columns) if b is None else torch.baddbmm(b.view(2, -1, 1), W, columns)  # [2, out / 2, rows]
-        return y.flatten(0, 1).t().view(*x.shape[:-1], -1)
-
-
 def rope_table(positions: torch.Tensor, D: int, theta: float) -> torch.Tensor:
-    """positions [..., T] -> e^(i angle) [..., T, 1, D/2], complex64"""
+    """Rotary embedding: positions [.., T] -> e^(i angle) [.., T, 1, D/2], complex64."""
     freq = theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
     angle = positions[..., None, None].float() * freq
     return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, D]: turn each pair (2i, 2i+1), Meta's layout, a complex number, by its position's angle"""
-    pairs = x.float().unflatten(-1, (-1, 2))  # [B, T, H, D/2, 2]
-    if rope.is_complex():
-        return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).type_as(x)
-    cos, sin = rope.unbind(-3)  # see without_complex: (a, b) -> (a cos - b sin, b cos + a sin)
-    return (pairs * cos + pairs.flip(-1) * sin).flatten(-2).type_as(x)
+    """x [B, T, H, D]: rotate each pair (2i, 2i+1), read as a complex number, by the angle of its position."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, T, H, D/2]
+    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
 
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(D)) v written out, for compilers: q [B, H, 1, D] of one token, k, v [B, H, S, D] that it sees"""
-    scores = (q.float() * q.shape[-1] ** -0.5 * k).sum(-1)  # [B, H, S]
-    return (scores.softmax(-1)[..., None] * v).sum(-2, keepdim=True).type_as(v)  # [B, H, 1, D]
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v; q [B, T, H, D], k and v [B, S, H, D] -> [B, T, H, D]"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, .., D]
+    return F.scaled_dot_product_attention(q, k, v, **mask).transpose(1, 2)
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the tokens so far: L tensors [B, H, S, D] each, slot = position in the sequence.
+class KVCache:
+    """Keys and values of B rows, [L, B, H, S, D]. A slot is a position in the row's own sequence.
 
-    Rows of a batch may have different lengths: a prompt fills slots 0.., padding after a shorter prompt
-    fills slots that its own next tokens overwrite, and no query looks past its own position.
+    Rows may differ in length. Padding behind a shorter prompt fills slots that the row's next tokens overwrite,
+    and no query looks beyond its own position.
     """
-    k: list[torch.Tensor]
-    v: list[torch.Tensor]
-    rows: torch.Tensor  # [B, 1]
-    slots: torch.Tensor  # [S]
-    rope: torch.Tensor  # of every slot: once, not at every step
 
-    @classmethod
-    def empty(cls, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None) -> "KVCache":
-        D = cfg.dim // cfg.n_heads
-        k, v = ([torch.zeros(B, cfg.n_heads, S, D, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
-                for _ in range(2))
-        slots = torch.arange(S, device=device)
-        return cls(k, v, torch.arange(B, device=device)[:, None], slots, rope_table(slots, D, cfg.rope_theta))
+    def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
+        shape = cfg.n_layers, B, cfg.n_heads, S, cfg.dim // cfg.n_heads
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.lengths = torch.zeros(B, dtype=torch.long, device=device)  # tokens in each row
+        self.filled = 0  # tokens in the longest row
+        self.rows = torch.arange(B, device=device)[:, None]  # [B, 1]
 
+    def grow(self) -> torch.Tensor:
+        """Make room for one more token in each row; return its positions [B]."""
+        positions, self.lengths, self.filled = self.lengths, self.lengths + 1, self.filled + 1
+        return positions
 
-def without_complex(cache: KVCache) -> KVCache:
-    """for compilers, which have no complex numbers: rope [S, 1, D/2] -> [S, 1, 2, D/2, 2], (cos, cos) and (-sin, sin)"""
-    cos, sin = cache.rope.real, cache.rope.imag
-    return cache._replace(rope=torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], dim=-3))
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
+        """Store k, v [B, T, H, D] of new tokens at positions [B or 1, T]; return all k, v so far [B, filled, H, D]."""
+        keys, values = self.k[layer], self.v[layer]  # [B, H, S, D]
+        keys[self.rows, :, positions], values[self.rows, :, positions] = k, v
+        return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
         self.n_heads = cfg.n_heads
-        self.wq, self.wk, self.wv, self.wo = (Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
-        self.wqkv = None  # once LaVIN folds the adapter: the three side by side, which are then gone
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
 
-    def forward(self, z, rope, lengths=None, past=None, mask=None):
-        B, T, C = z.shape  # past: this layer's k and v in the cache, where the new ones go, and how many slots to read
-        qkv = (self.wq(z), self.wk(z), self.wv(z)) if self.wqkv is None else self.wqkv(z).chunk(3, dim=-1)
-        q, k, v = (x.view(B, T, self.n_heads, -1) for x in qkv)  # [B, T, H, D]
-        q, k = rotate(q, rope), rotate(k, rope)
-        if past is None:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
-            # packed: one call a sequence, so that none sees another; each is large enough to fill the device
-            y = [F.scaled_dot_product_attention(*qkv, is_causal=True)
-                 for qkv in zip(*(x.split(lengths or T, dim=2) for x in (q, k, v)))]
-            return self.wo(torch.cat([x.transpose(1, 2) for x in y], dim=1).reshape(B, T, C))
-        keys, values, at, filled = past
-        keys[at], values[at] = k, v
-        k, v = keys[:, :, :filled], values[:, :, :filled]  # [B, H, S, D]
-        q = q.transpose(1, 2)  # [B, H, T, D]
-        if torch.compiler.is_compiling() and T == 1 and mask is None:
-            y = attend(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.wo(y.transpose(1, 2).reshape(B, T, C))
+    def forward(self, z, attend):
+        B, T, C = z.shape
+        q, k, v = (w(z).view(B, T, self.n_heads, -1) for w in (self.wq, self.wk, self.wv))  # [B, T, H, D]
+        return self.wo(attend(q, k, v).reshape(B, T, C))
 
     def alone(self, z):
-        """z [..., C] of a token that sees only itself: its softmax is 1, so what it reads is its own value"""
+        """z [.., C] of a token that sees only itself: softmax over one score is 1, so it reads its own value"""
         return self.wo(self.wv(z))
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
 
 
 class FeedForward(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.w1 = Linear(cfg.dim, cfg.ffn_dim, bias=False)
-        self.w2 = Linear(cfg.ffn_dim, cfg.dim, bias=False)
-        self.w3 = Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.w1 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+        self.w3 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
 
     def forward(self, x):
         return self.w2(recompute(swiglu, self.w1(x), self.w3(x)))
-
-
-def swiglu(gate, up):
-    return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -196,80 +147,93 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(cfg)
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.adapter_attn = None  # an MMAdapter or a RepAdapter, once LaVIN puts it here
+        self.adapter_attn = None  # an MMAdapter or RepAdapter, once LaVIN adds it
 
     def adapted(self, x, w, keep):
+        """The attention's input: normalised, then Eq. (2). The residual stream x itself is not adapted."""
         z = self.attention_norm(x)
-        return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)  # Eq. (2); the residual x is untouched
+        return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)
 
-    def forward(self, x, w, rope, keep=None, lengths=None, past=None, mask=None):
-        # frozen products keep nothing for the backward, and what `recompute` covers is cheap to work out again; so a
-        # training step keeps x, q, k, v, attention's output and log-sums, x again, gate and up
-        x = x + self.attention(recompute(self.adapted, x, w, keep), rope, lengths, past, mask)
+    def forward(self, x, w, attend, keep=None):
+        """x [B, T, C]; w: routing weights; attend(q, k, v): which keys a query sees; keep: dropout's survivors"""
+        x = x + self.attention(recompute(self.adapted, x, w, keep), attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg, self.checkpoint = cfg, False  # checkpoint: keep only a block's input, work the block out again
+        self.cfg = cfg
+        self.checkpoint = False  # True: keep only the input of each block for the backward
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.output = Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
-    def forward(self, x: torch.Tensor, routing: torch.Tensor | None = None, positions: torch.Tensor | None = None,
-                lengths: list[int] | None = None, cache: KVCache | None = None, seeds: torch.Tensor | None = None,
-                filled: int | None = None) -> torch.Tensor:
-        """Hidden states after the last norm [B, T, C]; `output` turns those you need into logits.
+    def forward(self, x, w=None, lengths: list[int] | None = None, keep=None) -> torch.Tensor:
+        """Training: sequences of these lengths, packed end to end in x [1, T, C]; without `lengths`, one per row.
 
-        x          token ids [B, T], or embeddings [B, T, C]
-        routing    w of every layer's adapter, [L, B or 1, T or 1, 2]; None for a bare LLaMA or plain RepAdapters
-        positions  [B, T], each token's place in its own sequence; None: 0, 1, ..
-        lengths    of the sequences packed into the one row of x; None: every row is one sequence
-        cache      where keys and values go; with positions, also where those of earlier calls are
-        seeds      [B, T], of the sample that each token belongs to: for the adapters' dropout; None: no dropout
-        filled     how many slots of the cache are in use after this call, where that is known: no others are read
+        x     embeddings, or token ids [B, T]
+        w     routing weights of every layer, [L, B or 1, T or 1, 2]; None for a bare LLaMA or plain RepAdapters
+        keep  units that survive dropout, [L, B, T, r]; None: no dropout
+        Returns the hidden states after the last norm, [B, T, C]; `output` turns them into logits.
         """
-        if not x.is_floating_point():
-            x = self.tok_embeddings(x)
-        B, T, C = x.shape
-        mask, at = None, None
-        if cache is not None and positions is None:  # the prompt, into an empty cache
-            filled = T
-        elif cache is not None and not (B == T == 1 and filled):  # a query sees the slots up to its own position
-            mask = (cache.slots[:filled] <= positions[..., None])[:, None]  # [B, 1, T, S]
-        if positions is None:
-            positions = torch.arange(T, device=x.device).expand(B, T)
-        if cache is None:
-            rope = rope_table(positions, C // self.cfg.n_heads, self.cfg.rope_theta)
-        else:
-            rope, at = cache.rope[positions], (cache.rows, slice(None), positions)
-        keep = [None] * len(self.layers)
-        if seeds is not None:
-            keep = survivors(seeds, positions, self.layers[0].adapter_attn.cfg, 0, len(self.layers))
-        again = self.checkpoint and torch.is_grad_enabled()
+        x = x if x.is_floating_point() else self.tok_embeddings(x)
+        lengths = lengths or [x.shape[1]]
+        positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
+
+        def attend(layer, q, k, v):  # one call per sequence, so no sequence sees another
+            sequences = zip(*(t.split(lengths, dim=1) for t in (q, k, v)))
+            return torch.cat([attention(*qkv, is_causal=True) for qkv in sequences], dim=1)
+
+        return self.blocks(x, w, positions, attend, keep)
+
+    def prefill(self, x, w, lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Prompts x [B, T, C] of `lengths` [B], padded at the end, into an empty cache -> hidden states [B, T, C]"""
+        positions = torch.arange(x.shape[1], device=x.device)
+        cache.lengths, cache.filled = lengths, x.shape[1]
+
+        def attend(layer, q, k, v):
+            cache.update(layer, k, v, positions[None])
+            return attention(q, k, v, is_causal=True)
+
+        return self.blocks(x, w, positions, attend)
+
+    def decode(self, x, w, cache: KVCache) -> torch.Tensor:
+        """The next token of each row, x [B, 1, C], after those in the cache -> hidden states [B, 1, C]"""
+        positions = cache.grow()[:, None]  # [B, 1]
+        seen = torch.arange(cache.filled, device=x.device) <= positions  # [B, S]
+        mask = None if len(x) == 1 else seen[:, None, None]  # one row sees all of its slots
+
+        def attend(layer, q, k, v):
+            return attention(q, *cache.update(layer, k, v, positions), attn_mask=mask)
+
+        return self.blocks(x, w, positions, attend)
+
+    def blocks(self, x, w, positions, attend: Callable, keep=None) -> torch.Tensor:
+        """Every block and the last norm. attend(layer, q, k, v) gets q and k already rotated."""
+        rope = rope_table(positions, self.cfg.dim // self.cfg.n_heads, self.cfg.rope_theta)
+
+        def attend_rotated(layer, q, k, v):
+            return attend(layer, rotate(q, rope), rotate(k, rope), v)
+
         for i, layer in enumerate(self.layers):
-            w = None if routing is None else routing[i]
-            past = None if cache is None else (cache.k[i], cache.v[i], at, filled)
-            args = x, w, rope, keep[i], lengths, past, mask
-            x = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if again else layer(*args)
+            w_i, keep_i = (None if per_layer is None else per_layer[i] for per_layer in (w, keep))
+            args = x, w_i, partial(attend_rotated, i), keep_i
+            x = recompute(layer, *args) if self.checkpoint else layer(*args)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """Routing weights [L, M, 2] of M modality tokens t [M, C], each going through the layers by itself.
+        """Routing weights [L, M, 2] of M modality tokens t [M, C].
 
-        A modality token sees only itself and no other token sees it. So what the router of layer l reads, its
-        normalised state at that layer, is a function of the modality alone: two constants per layer, worked out
-        here once for a whole batch instead of at the head of every sequence. No dropout on this path.
+        A modality token sees only itself and no other token sees it, so it passes through the layers on its own,
+        once per batch. The router of a layer reads its normalised state there. No dropout on this path.
         """
         routing = []
         for layer in self.layers:
             z = layer.attention_norm(t)
-            w = layer.adapter_attn.route(z)  # [M, 2]
-            routing.append(w)
-            z = layer.adapter_attn(z[:, None], w[:, None])[:, 0]
-            t = t + layer.attention.alone(z)
+            routing.append(layer.adapter_attn.route(z))  # [M, 2]
+            t = t + layer.attention.alone(layer.adapter_attn(z, routing[-1]))
             t = t + layer.feed_forward(layer.ffn_norm(t))
         return torch.stack(routing)
 
@@ -289,7 +253,7 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         from sentencepiece import SentencePieceProcessor
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such tokenizer; it comes with the LLaMA weights as tokenizer.model")
+            raise FileNotFoundError(f"{path}: no such tokenizer; tokenizer.model comes with the LLaMA weights")
         try:
             self.sp = SentencePieceProcessor(model_file=str(path))
         except Exception:
@@ -298,32 +262,37 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, vocab_size: int) -> "Tokenizer":
-        """The tokenizer of a folder of LLaMA weights; ValueError if those have another vocabulary."""
+        """The tokenizer of a folder of LLaMA weights; ValueError if the two vocabularies differ in size."""
         file = weights.tokenizer_path(path)
         tokenizer = cls(file)
         if tokenizer.vocab_size != vocab_size:
-            raise ValueError(f"{file}: {tokenizer.vocab_size} pieces, but the LLaMA has embeddings for {vocab_size}; "
-                             "put the tokenizer.model of this LLaMA there")
+            raise ValueError(f"{file}: {tokenizer.vocab_size} pieces, but the LLaMA has {vocab_size} embeddings; "
+                             "use the tokenizer.model that came with this LLaMA")
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """ids without BOS and EOS"""
+        """Token ids without BOS and EOS; ValueError if the text holds bytes that are not UTF-8."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the text {ascii(text[:60])} is not valid UTF-8") from None
         return self.sp.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.sp.decode(ids)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Ids as they come -> the same text as `decode` of all, piece by piece.
+        """Decode ids one by one; the pieces join to `decode` of them all.
 
-        A character may be several byte tokens. Until its last has come, decoding ends in U+FFFD: that is held back.
+        One character may take several byte tokens. Until its last byte arrives, the decoded text ends in U+FFFD,
+        and that piece is held back.
         """
-        seen, text, shown = [], "", ""
+        seen, text, printed = [], "", ""
         for id in ids:
             seen.append(id)
             text = self.decode(seen)
             if not text.endswith("\ufffd"):
-                yield text[len(shown):]
-                shown = text
-        if text != shown:  # the text does end inside a character
-            yield text[len(shown):]
+                yield text[len(printed):]
+                printed = text
+        if text != printed:  # the text ends inside a character
+            yield text[len(printed):]

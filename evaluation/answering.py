@@ -19,6 +19,7 @@ import cli
 import data
 import lavin
 from llama import Tokenizer
+from evaluation import scores
 from prompts import Sample
 
 
@@ -35,17 +36,17 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
              for s in samples]
     longest = {}  # question about each picture
     for e in asked:
-        longest[e.sample.image] = max(len(e.ids), longest.get(e.sample.image, 0))
+        longest[e.sample.image] = max(e.length, longest.get(e.sample.image, 0))
 
     def order(e: data.Example) -> tuple:  # one modality a batch, a picture's questions together, neighbours in length
-        return (True, longest[e.sample.image], str(e.sample.image)) if e.n_slots else (False, len(e.ids))
+        return (True, longest[e.sample.image], str(e.sample.image)) if e.n_image else (False, e.length)
 
     asked.sort(key=order)
-    first = sum(e.n_slots == 0 for e in asked)
+    first = sum(e.n_image == 0 for e in asked)
     # the cache of a batch takes half of what is free at most
     slot = 2 * model.llama.cfg.n_layers * model.llama.cfg.dim * model.llama.norm.weight.itemsize
     free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 8e9
-    most = max((len(e.ids) for e in asked), default=0) + max_new_tokens
+    most = max((e.length for e in asked), default=0) + max_new_tokens
     batch_size = max(1, min(batch_size, int(free / 2 / (slot * most))))
     starts = [*range(0, first, batch_size), *range(first, len(asked), batch_size)]
     size, texts, started = model.vit.cfg.image_size if model.vit else 0, {}, time.time()
@@ -58,8 +59,8 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
     for k, end in zip(starts, [*starts[1:], len(asked)]):
         rows = asked[k: end]
         batch = data.collate(rows, size, model.cfg.normalize).to(model.device)
-        ids = model.generate(batch, max_new_tokens, tokenizer.eos, temperature=temperature, top_p=top_p, seed=seed,
-                             complete=complete if until else None)
+        sampling = dict(temperature=temperature, top_p=top_p, seed=seed)
+        ids = generate(model, batch, max_new_tokens, tokenizer.eos, complete if until else lambda ids: False, **sampling)
         new = {e.sample.id: tokenizer.decode(i) for e, i in zip(rows, ids)}
         texts.update(new)
         if write:
@@ -69,17 +70,29 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
     return texts
 
 
+def generate(model, batch, max_new_tokens: int, eos: int, complete: Callable, **sampling) -> list[list[int]]:
+    """The answers of all rows. A row's answer ends at EOS, or once complete(ids so far) holds."""
+    answers, done = [[] for _ in batch.lengths], [False] * len(batch.lengths)
+    for tokens in model.stream(batch, max_new_tokens, eos, **sampling):
+        for b, token in enumerate(tokens):
+            if token is not None and not done[b]:
+                answers[b].append(token)
+                done[b] = complete(answers[b])
+        if all(d or token is None for d, token in zip(done, tokens)):
+            break
+    return answers
+
+
 def log_likelihoods(model, tokenizer, sample: Sample, answers: list[str]) -> dict[str, float]:
     """{answer: log p(answer | prompt)} of text answers: the sum over its tokens, EOS left out. One packed forward."""
     examples = [data.encode(Sample(sample.id, sample.prompt, a, None, {}), tokenizer, 0) for a in answers]
     for e in examples:
-        e.ids = e.ids[:-1]
-    batch = data.collate(examples, 0, model.cfg.normalize, pack=True).to(model.device)
+        e.rest = e.rest[:-1]
+    batch = data.collate(examples, 0, model.cfg.normalize).to(model.device)
     with torch.inference_mode(), model.autocast():
-        h = model.llama(model.embed(batch), model.routing(batch.modality), batch.positions, batch.packed)  # [1, T, C]
-        logp = torch.log_softmax(model.llama.output(h[0, batch.where]).float(), -1)  # [targets, V]
-        logp = logp.gather(1, batch.targets[:, None])[:, 0]  # [targets]
-    return {a: x.sum().item() for a, x in zip(answers, logp.split([len(e.ids) - e.start for e in examples]))}
+        log_p = torch.log_softmax(model.llama.output(model.hidden(batch)).float(), -1)  # [targets, V]
+        log_p = log_p.gather(1, batch.targets[:, None])[:, 0]
+    return {a: x.sum().item() for a, x in zip(answers, log_p.split([e.length - e.start for e in examples]))}
 
 
 def weigh(model, tokenizer, samples: list[Sample], write: Callable[[dict], None]) -> None:
@@ -91,6 +104,22 @@ def weigh(model, tokenizer, samples: list[Sample], write: Callable[[dict], None]
         write({s.id: log_likelihoods(model, tokenizer, s, list(given))})
         if cli.processes()[0] == 0:
             show_progress(k, len(samples), started)
+
+
+def answer_split(model, tokenizer, samples: list[Sample], out: Path, max_new_tokens: int) -> None:
+    """Answer problems after training: write predictions.json and scores.json to `out`, print the nine columns."""
+    rank, ranks = cli.processes()
+    if rank == 0:
+        print(f"answering {len(samples)} problems", file=sys.stderr)
+    texts = answer(model.eval(), tokenizer, samples[rank::ranks], max_new_tokens, progress=rank == 0,
+                   until=scores.ANSWER)  # once the letter is there, the score is decided
+    parts = gather(texts)
+    if rank == 0:
+        texts = {id: text for part in parts for id, text in part.items()}
+        (out / "predictions.json").write_text(json.dumps(texts, indent=0))
+        result = scores.scienceqa(samples, texts)
+        (out / "scores.json").write_text(json.dumps(result))
+        print(scores.scienceqa_table(result))
 
 
 def show_progress(done: int, total: int, started: float) -> None:

@@ -11,6 +11,7 @@ Weights and tokens are random, made on the device. The last line on stdout is on
 import json
 import os
 import sys
+import weakref
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Callable
 
 import torch
 import torch.nn as nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import clip
@@ -76,31 +78,33 @@ def counted_flops(f: Callable) -> int:
 
 def saved_bytes(f: Callable, model: nn.Module) -> int:
     """What autograd keeps of f() for its backward: each storage once, parameters not counted."""
-    kept = {}  # holds the tensors, so that no address comes twice
+    packed = []
 
     def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x
+        packed.append(weakref.ref(x))  # weak: what f() frees again is not kept for the backward
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = f()  # holds the graph
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for x in (ref() for ref in packed) if x is not None}
     for p in model.parameters():
-        kept.pop(p.untyped_storage().data_ptr(), None)
-    return sum(x.untyped_storage().nbytes() for x in kept.values())
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    del result
+    return sum(storages.values())
 
 
 def block_bytes(c: LLaMAConfig, dtype: torch.dtype, device: torch.device, lengths: tuple[int, ...] = (300, 212)) -> float:
     """Bytes that one LLaMA block with its adapter keeps of a token, measured."""
     with torch.device("meta"):
-        block = llama.Block(c)
-        block.adapter_attn = MMAdapter(c.dim, AdapterConfig())
-    materialise(block, device, dtype)
+        model = LLaMA(replace(c, n_layers=1, vocab_size=1))
+        model.layers[0].adapter_attn = MMAdapter(c.dim, AdapterConfig())
+    materialise(model, device, dtype)
+    model.norm = nn.Identity()
     x = torch.randn(1, sum(lengths), c.dim, device=device).to(dtype).requires_grad_()
-    w = torch.full((1, sum(lengths), 2), 0.5, device=device)
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-    rope = llama.rope_table(positions, c.dim // c.n_heads, c.rope_theta)
+    w = torch.full((1, 1, sum(lengths), 2), 0.5, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return saved_bytes(lambda: block(x, w, rope, lengths=list(lengths)), block) / sum(lengths)
+        return saved_bytes(lambda: model(x, w, list(lengths)), model) / sum(lengths)
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -160,8 +164,12 @@ def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = 
 def examples_of(problems: list[Kind], vocab_size: int, n_cls: int) -> list[data.Example]:
     """random tokens; any picture will do"""
     picture = Sample("", "", "", Path(__file__).parents[1] / "tiny/demo.png", {})
-    return [data.Example(picture, torch.randint(3, vocab_size, (p.length,)).tolist(), p.prompt, 4, n_cls * p.picture)
-            for p in problems]
+    examples = []
+    for p in problems:
+        n_image = n_cls * p.picture
+        head, rest = (torch.randint(3, vocab_size, (n,)).tolist() for n in (4, p.length - n_image - 4))
+        examples.append(data.Example(picture, head, n_image, rest, p.prompt - n_image - 4))
+    return examples
 
 
 def micro_batches(problems: list[Kind], size: int) -> list[list[Kind]]:
@@ -179,8 +187,14 @@ class Ours:
     def batch(self, problems: list[Kind]) -> data.Batch:
         n_cls, size = (self.model.vit.n_cls, self.model.vit.cfg.image_size) if self.model.vit else (0, 0)
         examples = examples_of(problems, self.model.llama.cfg.vocab_size, n_cls)
-        seeds = list(range(len(problems)))  # with dropout, as in training
-        return data.collate(examples, size, "clip", pack=True, seeds=seeds).to(self.model.device)
+        batch, dropout = data.collate(examples, size, "clip"), data.Dropout.of(self.model)
+        if dropout:  # as in training
+            batch = batch._replace(**dropout.masks(examples, [[i] for i in range(len(problems))]))
+        return batch.to(self.model.device)
+
+    def loss(self, batch: data.Batch) -> torch.Tensor:
+        with self.model.autocast():
+            return self.model(batch)
 
     def prepare(self, problems: list[Kind]) -> list[data.Batch]:
         return [self.batch(micro) for micro in micro_batches(problems, self.cfg.micro_batch)]
@@ -188,7 +202,7 @@ class Ours:
     def step(self, batches: list[data.Batch]) -> None:
         n_targets = sum(len(batch.targets) for batch in batches)
         for batch in batches:
-            (self.model(batch) / n_targets).backward()
+            self.loss(batch).div(n_targets).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
 
@@ -218,9 +232,10 @@ class HuggingFace:
         for i in range(0, len(problems), n):
             batch = data.collate(examples_of(problems[i: i + n], self.model.config.vocab_size, 0), 0, "clip").to(device)
             labels = torch.full_like(batch.tokens, -100)
-            labels.view(-1)[batch.where + 1] = batch.targets  # it shifts them itself
-            real = torch.arange(labels.shape[1], device=device) < batch.lengths[:, None]
-            batches.append(dict(input_ids=batch.tokens, attention_mask=real.long(), labels=labels))
+            labels[batch.predict_at + 1] = batch.targets  # it shifts them itself
+            padded = [pad_sequence(x.split(batch.lengths), batch_first=True, padding_value=p)
+                      for x, p in ((batch.tokens, 0), (torch.ones_like(labels), 0), (labels, -100))]
+            batches.append(dict(zip(("input_ids", "attention_mask", "labels"), padded)))
         return batches
 
     def step(self, batches: list[dict]) -> None:
@@ -262,7 +277,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
         "useful_tflop_per_s": rate / 1e12, "matmul_tflop_per_s": peak / 1e12, "utilisation": rate / peak,
         "flops_over_useful": median(sum(flops(model, s).values()) / useful(flops(model, s)) for s in steps),
         "micro_batch_flops": sum(flops(model, load, in_full=True).values()),
-        "micro_batch_flops_torch": counted_flops(lambda: model(batch).backward()),
+        "micro_batch_flops_torch": counted_flops(lambda: runners["ours"].loss(batch).backward()),
         "peak_gb": peak_bytes(runners["ours"], largest, device) / 1e9,
         "predicted_peak_gb": sum(memory(model, dtype, load).values()) / 1e9,
         "slowest_over_mean_rank": balance(),
@@ -290,7 +305,7 @@ def predicted_and_measured(cfg: Config, device: torch.device, dtype: torch.dtype
     load, batch = Load.of(problems), ours.batch(problems)
     ours.step([batch])
     lines, held = memory(model, dtype, load), held_bytes(model, ours.optimizer)
-    kept, peak = saved_bytes(lambda: model(batch), model), peak_bytes(ours, problems, device)
+    kept, peak = saved_bytes(lambda: ours.loss(batch), model), peak_bytes(ours, problems, device)
     say(f"{len(problems)} sequences, {load.tokens} tokens, {load.pictures} pictures; predicted:")
     for line, x in lines.items():
         say(f"  {line:20}{x / 1e6:12.2f} MB")

@@ -1,80 +1,107 @@
-"""The step of one token, compiled: as hundreds of small operations, most of them take longer to call than to do.
+"""`FastStep`, compiled: most of its many small operations take longer to call than to run.
 
-On a CPU the step becomes one C++ program (torch.export and AOTInductor), each matrix a loop that reads it as fast as the
-memory gives it; on a GPU a CUDA graph (torch.compile). Both are made from the one forward in llama.py.
+On a CPU the step becomes one C++ program (torch.export and AOTInductor), on a GPU a CUDA graph (torch.compile). Both
+are made from `step.one_token`.
 """
+import os
+import shutil
 import tempfile
 import warnings
 
 import torch
 import torch.nn as nn
 
-from llama import KVCache, without_complex
+from lavin import LaVIN
+from llama import KVCache
+from speed.step import FastStep, Layer, Weights, one_token, rope_real
 
 OPTIONS = {
     "aot_inductor.package_constants_in_so": False,  # the weights stay where they are
-    "realize_opcount_threshold": 8,  # a norm is worked out once, not again in every row of the matrix after it
+    "realize_opcount_threshold": 8,  # a norm is computed once, not again in each row of the matrix that follows
 }
 
 
-class Step(nn.Module):
-    """What is exported: LaVIN.step of one row, without routing weights. The weights are LLaMA's, all else is an argument."""
+def compile_step(model: LaVIN) -> FastStep:
+    """The compiled step of a folded model; ValueError without a C++ compiler."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError("--compile: there is no C++ compiler here; install g++, or leave --compile out")
+    return Program(model) if model.device.type == "cpu" else Graph(model)
 
-    def __init__(self, model):
+
+class Exported(nn.Module):
+    """`one_token` as the module that torch.export takes: its parameters are the weights, all else is an argument."""
+
+    def __init__(self, weights: Weights, H: int, eps: float):
         super().__init__()
-        self.llama, self.step = model.llama, model.step
+        self.H, self.eps = H, eps
+        frozen = [nn.Parameter(x, requires_grad=False) for x in (weights.embeddings, weights.norm, weights.output)]
+        self.embeddings, self.norm, self.output = frozen
+        self.layers = nn.ModuleList(nn.Module() for _ in weights.layers)
+        for module, layer in zip(self.layers, weights.layers):
+            for name, x in layer._asdict().items():
+                module.register_parameter(name, nn.Parameter(x, requires_grad=False))
 
-    def forward(self, token, position, *cache):
-        cache = KVCache(*cache)  # a tuple, since export takes no class of ours
-        return self.step(token, None, position, cache, filled=cache.slots.shape[0])
+    def forward(self, token, position, rope, keys, values, mask=None):
+        layers = [Layer(*(getattr(layer, name) for name in Layer._fields)) for layer in self.layers]
+        weights = Weights(self.embeddings, layers, self.norm, self.output)
+        return one_token(weights, self.H, self.eps, token, position, rope, keys, values, mask)
 
 
-class Program:
-    """LaVIN.step in C++ for one row of a folded model, whatever its length. Several rows are not compiled."""
+class Program(FastStep):
+    """One C++ program for every length and every modality."""
 
-    def __init__(self, model):
-        self.model, self.weights, self.loaded = model, Step(model), None
-        S, filled, layers = torch.export.Dim("S"), torch.export.Dim("filled"), model.llama.cfg.n_layers
-        shapes = [{2: S}] * layers, [{2: S}] * layers, None, {0: filled}, {0: S}
-        example = torch.tensor([1]), torch.tensor([15]), *self.in_use(self.cache(1, 32), 16)
+    def __init__(self, model: LaVIN):
+        super().__init__(model)
+        H, eps, L = self.cfg.n_heads, self.cfg.norm_eps, self.cfg.n_layers
+        self.modules = {m: Exported(weights, H, eps) for m, weights in self.weights.items()}
+        self.loaded, module = None, next(iter(self.modules.values()))
+        cache = KVCache(self.cfg, 1, 32, dtype=model.llama.norm.weight.dtype)
+        slots, filled = torch.export.Dim("slots"), torch.export.Dim("filled")
+        example = torch.tensor([1]), torch.tensor([15]), self.rope[:16], [*cache.k], [*cache.v]
+        shapes = None, None, {0: filled}, [{2: slots}] * L, [{2: slots}] * L
         with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-            warnings.simplefilter("ignore")  # torch's, about itself
-            program = torch.export.export(self.weights, example, dynamic_shapes=(None, None, shapes))
+            warnings.simplefilter("ignore")  # torch's warnings about itself
+            program = torch.export.export(module, example, dynamic_shapes=shapes)
             file = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2",
                                                             inductor_configs=OPTIONS)
-            self.run = torch._inductor.aoti_load_package(file)
+            self.program = torch._inductor.aoti_load_package(file)
 
-    def cache(self, B: int, S: int) -> KVCache:
-        return without_complex(self.model.cache(B, S))
-
-    @staticmethod
-    def in_use(cache: KVCache, filled: int) -> KVCache:
-        return cache._replace(slots=cache.slots[:filled])
-
-    def __call__(self, token, w, position, cache, filled):
-        if len(token) > 1:
-            return self.model.step(token, w, position, cache, filled)
-        wqkv = self.model.llama.layers[0].attention.wqkv
-        if self.loaded is not wqkv:  # the first step, or the first in another modality
-            self.run.load_constants(dict(self.weights.named_parameters()), check_full_update=True, user_managed=True)
-            self.loaded = wqkv
-        return self.run(token, position, *self.in_use(cache, filled))
+    def run(self, weights, token, position, cache):
+        if self.loaded is not weights:  # the first step, or the first in another modality
+            module = self.modules[self.model.entered]
+            self.program.load_constants(dict(module.named_parameters()), check_full_update=True, user_managed=True)
+            self.loaded = weights
+        return self.program(token, position, self.rope[:cache.filled], [*cache.k], [*cache.v])
 
 
-class Graph:
-    """LaVIN.step as a CUDA graph. It is called with the very same tensors: caches are kept, and read as a whole."""
+class Graph(FastStep):
+    """A CUDA graph. It replays on the same tensors every time, so each new cache is copied into one that stays."""
 
-    def __init__(self, model):
-        self.model, self.caches = model, {}
-        self.step = torch.compile(model.step, mode="reduce-overhead", dynamic=False, fullgraph=True)
+    def __init__(self, model: LaVIN):
+        super().__init__(model)
+        H, eps = self.cfg.n_heads, self.cfg.norm_eps  # as parameters of a module, the weights are not copied per step
+        self.compiled = {m: torch.compile(Exported(weights, H, eps), mode="reduce-overhead", dynamic=False,
+                                          fullgraph=True) for m, weights in self.weights.items()}
+        self.copied, self.slots = None, 0
 
-    def cache(self, B: int, S: int) -> KVCache:
-        S = max(256, 1 << (S - 1).bit_length())  # a power of two, so that little is compiled, and the last one only
-        if (B, S) not in self.caches:
-            self.caches = {(B, S): without_complex(self.model.cache(B, S))}
-            for x in self.caches[B, S].k + self.caches[B, S].v:
-                torch._dynamo.mark_static_address(x)  # a CUDA graph writes to it in place
-        return self.caches[B, S]
+    def keep(self, cache: KVCache) -> None:
+        """Copy a new cache. The number of slots is a power of two, so that few sizes are compiled."""
+        slots = max(256, 1 << (cache.k.shape[3] - 1).bit_length())
+        if slots != self.slots:
+            c, self.slots, device = self.cfg, slots, self.model.device
+            kept = KVCache(c, 1, slots, device, cache.k.dtype)
+            self.keys, self.values = [*kept.k], [*kept.v]
+            self.rope = rope_real(slots, c.dim // c.n_heads, c.rope_theta, device)
+            self.all_slots = torch.arange(slots, device=device)
+            for x in (*self.keys, *self.values, self.rope):
+                torch._dynamo.mark_static_address(x)  # the graph uses it in place
+        filled = cache.filled - 1  # the token at hand is not in the cache yet
+        for ours, new in zip((*self.keys, *self.values), (*cache.k, *cache.v)):
+            ours[:, :, :filled] = new[:, :, :filled]
+        self.copied = cache
 
-    def __call__(self, token, w, position, cache, filled):
-        return self.step(token, w, position, cache)
+    def run(self, weights, token, position, cache):
+        if self.copied is not cache:
+            self.keep(cache)
+        mask = (self.all_slots <= position)[None]  # every slot is read, so that shapes never change
+        return self.compiled[self.model.entered](token, position, self.rope, self.keys, self.values, mask)

@@ -13,8 +13,9 @@ import torch.nn as nn
 
 import data
 from lavin import IMAGE, LaVIN
-from llama import LLaMA, Linear
-from speed.machine import bandwidth
+from speed.compiling import compile_step
+from speed.machine import bandwidth, bytes_per_token
+from speed.step import FastStep
 
 Answer = Callable[[], tuple[list[int], list[float]]]  # -> tokens, and when each had reached the CPU
 
@@ -25,22 +26,20 @@ def twin(model: LaVIN) -> LaVIN:
 
 
 def bare(model: LaVIN) -> LaVIN:
-    """the same without LLaMA's adapters; q, k and v in one product, as folding leaves them: only the adapters differ"""
+    """The same without LLaMA's adapters, as if they had been folded: only the adapters differ."""
     model = twin(model)
+    model.folded = {IMAGE: []}
     for layer in model.llama.layers:
         a, layer.adapter_attn = layer.attention, None
-        W = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight])
-        a.wqkv = Linear(*W.shape[::-1], bias=False, device="meta")
-        a.wqkv.weight = nn.Parameter(W, requires_grad=False)
-        a.wq = a.wk = a.wv = None
-    model.folded = {IMAGE: []}  # nothing to put in, and nothing to route
+        model.folded[IMAGE].append((torch.cat([a.wq.weight, a.wk.weight, a.wv.weight]), None))
+    model.enter(IMAGE)
     return model
 
 
-def ours(model: LaVIN, batch: data.Batch, n: int) -> Answer:
+def ours(model: LaVIN, batch: data.Batch, n: int, step: Callable | None) -> Answer:
     def answer():
         tokens, marks = [], []
-        for (token,) in model.stream(batch, n, eos=-1, temperature=0.0):
+        for (token,) in model.stream(batch, n, eos=-1, temperature=0.0, step=step):
             tokens.append(token)
             marks.append(time.perf_counter())
         return tokens, marks
@@ -88,7 +87,7 @@ def merged(model: LaVIN) -> nn.Module:
               f"{at}mlp.up_proj": f.w3.weight, f"{at}input_layernorm": layer.attention_norm.weight,
               f"{at}post_attention_layernorm": layer.ffn_norm.weight}
         for kind in ("weight", "bias"):
-            q, k, v = getattr(a.wqkv, kind).chunk(3)
+            q, k, v = (getattr(x, kind) for x in (a.wq, a.wk, a.wv))
             t |= {f"{at}self_attn.{name}.{kind}": x for name, x in
                   (("q_proj", halves(q, c.n_heads)), ("k_proj", halves(k, c.n_heads)), ("v_proj", v))}
         t[f"{at}self_attn.o_proj.bias"] = torch.zeros_like(weight)
@@ -108,23 +107,18 @@ def theirs(hf: nn.Module, prompt: torch.Tensor, n: int) -> Answer:
     return answer
 
 
-def bytes_per_token(llama: LLaMA, slots: float) -> float:
-    """What a step reads, for one row: every weight but the embeddings, and the slots of the cache that are in use."""
-    weights = sum(p.nbytes for n, p in llama.named_parameters() if not n.startswith("tok_embeddings"))
-    return weights + 2 * slots * llama.cfg.n_layers * llama.cfg.dim * llama.norm.weight.itemsize
-
-
 def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, vs: str, compiled: bool,
             say: Callable[[str], None]) -> dict:
     """`n` tokens after the one prompt of `batch`, `steps` times; -> what bench.py prints. Folds the model."""
-    answers = {"bare": ours(bare(model), batch, n), "unfolded": ours(twin(model), batch, n)}
-    answers["folded"] = ours(model.fold(IMAGE), batch, n)
+    without = bare(model)
+    answers = {"bare": ours(without, batch, n, FastStep(without)), "unfolded": ours(twin(model), batch, n, None)}
+    answers["folded"] = ours(model.fold(IMAGE), batch, n, FastStep(model))
     if compiled:
-        answers["compiled"] = ours(twin(model).compile_step(), batch, n)
+        answers["compiled"] = ours(model, batch, n, compile_step(model))
     if vs:
         with torch.inference_mode(), model.autocast():
-            answers["hf"] = theirs(merged(model), model.embed(batch), n)
-    device, length = model.device, int(batch.lengths)
+            answers["hf"] = theirs(merged(model), model.embed(batch)[0][None], n)
+    device, length = model.device, batch.lengths[0]
     limits, prefill, gaps, tokens = [], {name: [] for name in answers}, {name: [] for name in answers}, {}
     for k in range(burn_in + steps):
         if k >= burn_in:

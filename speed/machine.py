@@ -1,10 +1,11 @@
-"""What this machine has and can do at its best: the ceilings that bench.py and sample.py put their own speed beside."""
-import os
-import shutil
+"""What this machine can do at best, and how close an answer came to it."""
 import time
 from typing import Callable
 
 import torch
+
+from lavin import LaVIN
+from llama import LLaMA
 
 
 def seconds(f: Callable, device: torch.device) -> float:
@@ -35,7 +36,32 @@ def bandwidth(device: torch.device, tries: int = 10) -> tuple[float, float]:
             b.nbytes / min(seconds(b.sum, device) for _ in range(tries)))
 
 
-def need_compiler() -> None:
-    """ValueError where torch.compile would fail half a page long"""
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise ValueError("--compile: there is no C++ compiler here; install g++, or leave --compile out")
+def bytes_per_token(llama: LLaMA, slots: float) -> float:
+    """Bytes that a decoding step reads for one row: every weight but the embeddings, and the cache in use."""
+    weights = sum(p.nbytes for n, p in llama.named_parameters() if not n.startswith("tok_embeddings"))
+    return weights + 2 * slots * llama.cfg.n_layers * llama.cfg.dim * llama.norm.weight.itemsize
+
+
+class Meter:
+    """Times the tokens of one answer: `tick` after each, then `report`."""
+    limits = {}  # bandwidth of each device, measured once: it takes a third of a second
+
+    def __init__(self, model: LaVIN, prompt: int):
+        self.model, self.prompt, self.started, self.marks = model, prompt, time.perf_counter(), []
+
+    def tick(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def report(self) -> str:
+        """Tokens per second; from the second token on also bytes per second, and their share of the bandwidth."""
+        n, seconds = len(self.marks), time.perf_counter() - self.started
+        text = f"{n} tokens in {seconds:.2f} s, {n / seconds:.3g} tokens/s"
+        if n < 2:
+            return text
+        device = self.model.device
+        if device not in self.limits:
+            self.limits[device] = max(bandwidth(device, tries=3))
+        step = (self.marks[-1] - self.marks[0]) / (n - 1)
+        rate = bytes_per_token(self.model.llama, self.prompt + n / 2) / step
+        return (f"{text}; after the first token {rate / 1e9:.2f} GB/s of weights and cache, "
+                f"{rate / self.limits[device]:.0%} of the memory bandwidth")

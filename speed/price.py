@@ -18,7 +18,7 @@ import prompts
 import weights
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer
-from lavin import LaVIN, LaVINConfig, NegativeLogLikelihood
+from lavin import LOSS_ROWS, LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig, Tokenizer
 
 PROBLEMS, EPOCHS = 12_726, 20  # the paper's recipe: ScienceQA's train split, 20 times
@@ -101,7 +101,7 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
     d, L = c.dim, c.n_layers
     block = 4 * d * d + 3 * d * c.ffn_dim  # weights of a block's seven products
     mm = model.cfg.adapter.kind == "mm"
-    down, both = r, 2 * r + 2  # an adapter's two products, per unit of width: phi_d, and both phi_u with their biases
+    down, both = r, 2 * r  # an adapter's products, per unit of width: phi_d, and both phi_u
     up = both if mm else r
     lines = {
         # a frozen product: 2 a weight and token forward, 2 for the gradient of its input, none for the weights'
@@ -155,7 +155,7 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     loss = T * 4 * c.dim + load.targets * e * c.dim
     # what comes and goes on top of all that is kept. In the loss: a chunk of logits, as such, as log-softmax and as
     # gradient, all fp32. In the last block's backward, when the loss is gone: silu(gate), three gradients beside it, and x's
-    chunk = 12 * min(NegativeLogLikelihood.ROWS, load.targets) * c.vocab_size
+    chunk = 12 * min(LOSS_ROWS, load.targets) * c.vocab_size
     backward = e * T * (4 * c.ffn_dim + c.dim) + checkpoint * block
     lines = {
         "frozen weights": e * (sum(p.numel() for p in model.parameters()) - n_trained),
@@ -198,7 +198,7 @@ def problems_of(cfg, model: LaVIN) -> tuple[list[Kind], str]:
     for source in sources:
         samples = source.read("train", cfg.format, cfg.captions, cfg.vision)
         examples, _ = data.encode_all(samples, tokenizer, model.vit.n_cls if model.vit else 0, cfg.max_len)
-        found += [Kind(len(e.ids), e.start, e.n_slots > 0) for e in examples]
+        found += [Kind(e.length, e.start, e.n_image > 0) for e in examples]
     return found, cfg.data
 
 

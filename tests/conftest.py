@@ -12,7 +12,7 @@ import torch
 
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer
-from data import Batch, Example, Sample, collate
+from data import Batch, Dropout, Example, Sample, collate
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 
@@ -42,22 +42,35 @@ def make_lavin(seed: int = 0, trained: bool = True, **cfg) -> LaVIN:
     return model.eval()
 
 
-def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0, pack: bool = False) -> Batch:
-    """rows of (ids after BOS, how many of them are response, has a picture); the picture's slots follow ids 1, 7"""
-    examples = []
-    for ids, n, picture in rows:
-        ids = [1, 7] + [0] * N_CLS * picture + ids
-        sample = Sample("", "", "", None, {})
-        examples.append(Example(sample, ids, len(ids) - n, 2, 0))
-    batch = collate(examples, CLIP.image_size, "clip", pack)
-    starts = [0, *batch.lengths.cumsum(0)[:-1].tolist()] if pack else range(0, batch.tokens.numel(), batch.tokens.shape[1])
-    slots = [at + 2 + k for at, (_, _, picture) in zip(starts, rows) for k in range(N_CLS * picture)]
-    modality = torch.tensor([int(picture) for _, _, picture in rows])
-    # each row's picture depends on its ids alone, so that a row can be compared with itself in another batch
+HEAD = [1, 7]  # stands for [BOS] "Image: "
+
+
+def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0) -> Batch:
+    """rows of (ids after the head, how many of them are response, whether there is an image)"""
+    examples = [Example(Sample("", "", "", None, {}), HEAD, N_CLS * image, ids, len(ids) - n) for ids, n, image in rows]
+    # each row's image depends on its ids alone, so that a row can be compared with itself in another batch
     images = [torch.randn(3, CLIP.image_size, CLIP.image_size, generator=torch.Generator().manual_seed(seed + sum(ids)))
-              for ids, _, picture in rows if picture]
-    return batch._replace(slots=torch.tensor(slots, dtype=torch.long), images=torch.stack(images) if images else None, shows=torch.arange(len(images)),
-                          modality=modality.repeat_interleave(batch.lengths)[None] if pack else modality[:, None])
+              for ids, _, image in rows if image]
+    batch = collate(examples, CLIP.image_size, "clip", image_embeds=torch.zeros(0))._replace(image_embeds=None)
+    return batch._replace(images=torch.stack(images), image_index=torch.arange(len(images))) if images else batch
+
+
+def masks(rows, seeds, p: float = 0.5) -> dict[str, torch.Tensor]:
+    """dropout's masks for rows of make_batch"""
+    examples = [Example(None, HEAD, N_CLS * image, ids, 0) for ids, _, image in rows]
+    dropout = Dropout(p, 8, LLAMA.n_layers, CLIP.layers, 1 + (CLIP.image_size // CLIP.patch_size) ** 2)
+    return dropout.masks(examples, [[seed] for seed in seeds])
+
+
+def ids_of(row) -> list[int]:
+    """a row's tokens, zeros where X' goes"""
+    return HEAD + [0] * N_CLS * row[2] + row[0]
+
+
+def all_logits(model: LaVIN, batch: Batch) -> list[torch.Tensor]:
+    """logits [T, V] of every position of every row, from one packed forward"""
+    everywhere = batch._replace(predict_at=torch.arange(sum(batch.lengths)))
+    return list(model.llama.output(model.hidden(everywhere)).split(batch.lengths))
 
 
 ROWS = [([5, 9, 11, 3, 2], 2, True), ([8, 4, 6], 1, False), ([20, 31, 7, 12, 40, 41, 13, 2], 4, True),

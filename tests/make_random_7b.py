@@ -52,7 +52,7 @@ def make(folder: Path, llm: str, vit: str, tokenizer: Path, shard: int) -> None:
     with torch.no_grad():
         for p in adapters.trainable(model).values():
             p.add_(torch.randn_like(p) * 0.01)
-    adapters.save_adapters(folder / "adapters.safetensors", model, {
+    adapters.write_adapters(folder / "adapters.safetensors", adapters.trainable(model), {
         "lavin": dataclasses.asdict(model.cfg), "llama": dataclasses.asdict(language.cfg), "base": None,
         "format": "QCM-ALE", "captions": False, "max_new_tokens": 64})
 

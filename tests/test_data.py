@@ -35,22 +35,18 @@ def test_tokens_targets_and_slots(tmp_path):
     text = data.encode(sample(" one two", " three"), words, 3)
     one, two, three, four = words.encode("one two three four")
     (label,), na = words.encode("Image:"), words.encode("Image: N/A")
-    assert with_picture.ids == [1, label, 0, 0, 0, one, two, three, four, 2]
-    assert text.ids == [1, *na, one, two, three, 2]
+    assert (with_picture.head, with_picture.n_image) == ([1, label], 3) and with_picture.rest == [one, two, three, four, 2]
+    assert (text.head, text.n_image, text.rest) == ([1, *na], 0, [one, two, three, 2])
+    assert (with_picture.length, with_picture.start, text.length, text.start) == (10, 7, 7, 5)
     batch = data.collate([with_picture, text], 4, "clip")
-    assert batch.tokens.shape == (2, 10) and batch.lengths.tolist() == [10, 7] and batch.modality.tolist() == [[1], [0]]
-    assert batch.where.tolist() == [6, 7, 8, 14, 15] and batch.targets.tolist() == [three, four, 2, three, 2]
-    assert batch.slots.tolist() == [2, 3, 4]
+    assert batch.tokens.tolist() == with_picture.head + with_picture.rest + text.head + text.rest
+    assert batch.pieces == [2, 5, 3, 4] and batch.lengths == [10, 7] and batch.modality == [1, 0]
+    assert batch.predict_at.tolist() == [6, 7, 8, 14, 15] and batch.targets.tolist() == [three, four, 2, three, 2]
     assert batch.images.shape == (1, 3, 4, 4)
     red = (torch.tensor([1.0, 0, 0]) - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
     assert torch.allclose(batch.images[0, :, 2, 2], red)
     prompt = data.encode(sample(" one two", "", tmp_path / "x.png"), words, 3)
-    assert prompt.ids == with_picture.ids[:7] and data.collate([prompt], 4, "clip").targets.tolist() == []
-    packed = data.collate([text, with_picture], 4, "clip", pack=True)
-    assert packed.tokens.tolist() == [text.ids + with_picture.ids] and packed.packed == [7, 10]
-    assert packed.positions.tolist() == [[*range(7), *range(10)]] and packed.modality.tolist() == [[0] * 7 + [1] * 10]
-    assert packed.where.tolist() == [4, 5, 13, 14, 15] and packed.targets.tolist() == [three, 2, three, four, 2]
-    assert packed.slots.tolist() == [9, 10, 11] and torch.equal(packed.images, batch.images)
+    assert prompt.rest == [one, two] and data.collate([prompt], 4, "clip").targets.tolist() == []
 
 
 def test_a_picture_that_several_samples_show_is_decoded_once(tmp_path, monkeypatch):
@@ -60,8 +56,8 @@ def test_a_picture_that_several_samples_show_is_decoded_once(tmp_path, monkeypat
     monkeypatch.setattr(data, "open_image", lambda file: opened.append(file.stem) or open_image(file))
     rows = [data.encode(sample(image=color and tmp_path / f"{color}.png"), Words(), 3) for color in ("red", "blue", None, "red")]
     batch = data.collate(rows, 4, "clip")
-    assert opened == ["red", "blue"] and batch.images.shape == (2, 3, 4, 4) and batch.shows.tolist() == [0, 1, 0]
-    assert data.collate(rows, 4, "clip", seen=torch.zeros(3, 3, 8)).images is None and len(opened) == 2
+    assert opened == ["red", "blue"] and batch.images.shape == (2, 3, 4, 4) and batch.image_index.tolist() == [0, 1, 0]
+    assert data.collate(rows, 4, "clip", image_embeds=torch.zeros(3, 3, 8)).images is None and len(opened) == 2
 
 
 def test_an_empty_response_is_dropped_and_counted():
@@ -74,10 +70,10 @@ def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
     """The released code divides by zero targets there, and the loss turns NaN."""
     words = Words()
     samples = [sample("a b c", " d"), sample("a b c d", " e f"), sample("a b c d e f", " g")]
-    lengths = [len(data.encode(s, words, 0).ids) for s in samples]
+    lengths = [data.encode(s, words, 0).length for s in samples]
     assert lengths == [8, 10, 11]
     examples, count = data.encode_all(samples, words, 0, max_len=8)
-    assert count == {"kept": 2, "cut": 1, "dropped": 1} and [len(e.ids) for e in examples] == [8, 8]
+    assert count == {"kept": 2, "cut": 1, "dropped": 1} and [e.length for e in examples] == [8, 8]
     assert all(len(data.collate([e], 4, "clip").targets) for e in examples)
 
 
@@ -92,8 +88,8 @@ def test_a_step_has_the_same_samples_for_any_number_of_ranks():
             for rank in range(ranks):
                 steps = data.Steps(examples, 8, micro, rank, ranks, seed=3, image_size=4, normalize="clip")
                 batches, n = steps[step]
-                assert all(len(b.packed) <= micro and b.tokens.shape == (1, sum(b.packed)) for b in batches)
-                rows += [tuple(ids.tolist()) for b in batches for ids in b.tokens[0].split(b.packed)]
+                assert all(len(b.lengths) <= micro and len(b.tokens) == sum(b.lengths) for b in batches)
+                rows += [tuple(ids.tolist()) for b in batches for ids in b.tokens.split(b.lengths)]
                 targets.add(n)
             sets.append((sorted(rows), targets))
             assert targets == {sum(len(b.targets) for rank in range(ranks) for b in
@@ -124,12 +120,12 @@ def test_real_problems_with_the_real_tokenizer():
     samples = [s for split in ("train", "val", "test") for s in prompts.read_scienceqa(REAL / "scienceqa", split)]
     assert len(samples) == 1773
     examples = [data.encode(s, tokenizer, 6) for s in samples]
-    # without "Image: ..." and the slots, as they were counted
-    lengths = torch.tensor([len(e.ids) - (e.slot - 1) - e.n_slots for e in examples], dtype=torch.float)
+    # with BOS, without "Image: ..", as they were counted
+    lengths = torch.tensor([1 + len(e.rest) for e in examples], dtype=torch.float)
     assert 299 < lengths.mean() < 302 and 275 < lengths.median() < 279
     assert 0.065 < (lengths > 512).float().mean() < 0.08
-    assert 215 < sum(len(e.ids) - e.start for e in examples) / len(examples) < 225
+    assert 215 < sum(e.length - e.start for e in examples) / len(examples) < 225
     assert 0.4 < sum(s.image is not None for s in samples) / len(samples) < 0.6
-    with_picture = next(e for e in examples if e.n_slots)
-    assert with_picture.ids[:10] == [1, 7084, 29901, 29871] + [0] * 6
-    assert next(e for e in examples if not e.n_slots).ids[:6] == [1, 7084, 29901, 405, 29914, 29909]
+    with_picture = next(e for e in examples if e.n_image)
+    assert with_picture.head == [1, 7084, 29901, 29871] and with_picture.n_image == 6
+    assert next(e for e in examples if not e.n_image).head == [1, 7084, 29901, 405, 29914, 29909]

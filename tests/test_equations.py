@@ -8,7 +8,7 @@ import torch
 
 import naive
 from adapters import AdapterConfig, MMAdapter, RepAdapter, trainable
-from conftest import CLIP, LLAMA, N_CLS, ROOT, ROWS, close, make_batch, make_lavin
+from conftest import CLIP, LLAMA, N_CLS, ROOT, ROWS, all_logits, close, ids_of, make_batch, make_lavin
 
 
 def adapter(kind, d=12, **cfg):
@@ -38,10 +38,10 @@ def test_eq2_eq3_mm_adapter_and_router():
 
 def test_eq1_modality_token_picks_a_row_of_the_modality_embedding(lavin):
     with torch.no_grad():
-        w = lavin.routing(torch.tensor([0, 1, 1, 0]))  # [L, 4, 2]
+        w = lavin.routing()  # [L, 2, 2]
         lavin.adapter_modality_embedding.weight[1] += 1
-        moved = lavin.routing(torch.tensor([0, 1, 1, 0]))
-    assert torch.equal(w[:, 0], w[:, 3]) and torch.equal(w[:, 1], w[:, 2]) and not torch.equal(w[:, 0], w[:, 1])
+        moved = lavin.routing()
+    assert not torch.equal(w[:, 0], w[:, 1])
     assert torch.equal(w[:, 0], moved[:, 0]) and not torch.equal(w[:, 1], moved[:, 1])
 
 
@@ -64,10 +64,8 @@ def test_eq6_neck(lavin):
 def naive_logits(model, batch):
     """per row: logits [T, V] with the modality token in the sequence, and the routing weights of each layer"""
     p, images, out = naive.params(model), iter(batch.images.double().numpy()), []
-    for row in range(len(batch.tokens)):
-        ids = batch.tokens[row, : batch.lengths[row]].numpy()
-        image = next(images) if ROWS[row][2] else None
-        z = naive.sequence(ids, image, 2, p, model.cfg, CLIP)
+    for row in ROWS:
+        z = naive.sequence(ids_of(row), next(images) if row[2] else None, 2, p, model.cfg, CLIP)
         h, routing = naive.llama(z, naive.sub(p, "llama."), LLAMA, model.cfg.adapter, token=True)
         out.append((h[1:] @ p["llama.output.weight"].T, np.stack(routing)))
     return out
@@ -75,14 +73,14 @@ def naive_logits(model, batch):
 
 @pytest.mark.parametrize("routing", ["cls", "token"])
 def test_eq7_eq8_logits_with_the_modality_token_in_the_sequence(routing):
-    """The modality token as its own stream, slots for pictures, padding: all of it changes nothing."""
+    """The modality token as its own stream, and samples packed end to end: both change nothing."""
     model, batch = make_lavin(vit_routing=routing, tau=3.0, scale=0.8), make_batch(ROWS)
     with torch.no_grad():
-        w = model.routing(batch.modality)
-        logits = model.llama.output(model.llama(model.embed(batch), w))
+        w = model.routing()
+        logits = all_logits(model, batch)
     for row, (expected, routed) in enumerate(naive_logits(model, batch)):
-        assert close(logits[row, : batch.lengths[row]], expected)
-        assert close(w[:, row, 0], routed)
+        assert close(logits[row], expected)
+        assert close(w[:, batch.modality[row]], routed)
 
 
 def test_eq5_loss_is_the_sum_over_response_tokens(lavin):
@@ -90,7 +88,7 @@ def test_eq5_loss_is_the_sum_over_response_tokens(lavin):
     expected = 0.0
     for row, (logits, _) in enumerate(naive_logits(lavin, batch)):
         p = naive.softmax(logits)
-        ids, n = batch.tokens[row, : batch.lengths[row]].tolist(), ROWS[row][1]
+        ids, n = ids_of(ROWS[row]), ROWS[row][1]
         for s in range(len(ids) - n, len(ids)):
             expected -= np.log(p[s - 1, ids[s]])
     assert close(lavin(batch).detach(), expected)

@@ -1,5 +1,4 @@
 """What must hold of the model whatever its weights: counts, identity at the start, caching, independence of rows."""
-import copy
 import shutil
 
 import pytest
@@ -8,13 +7,14 @@ import torch.nn.functional as F
 
 import adapters
 import clip
-from speed import compiling
+import lavin as lavin_module
 import llama
 from adapters import AdapterConfig, trainable
 from clip import VisionTransformer
-from conftest import CLIP, LLAMA, ROWS, close, make_batch, make_lavin, randomize
-from lavin import LaVIN, LaVINConfig, NegativeLogLikelihood
-from llama import KVCache, LLaMA
+from conftest import CLIP, LLAMA, ROWS, all_logits, close, make_batch, make_lavin, masks, randomize
+from lavin import LaVIN, LaVINConfig
+from llama import LLaMA
+from speed import compiling, step
 
 
 def count(size: str, encoder: str, **cfg) -> dict[str, int]:
@@ -49,7 +49,8 @@ def test_identity_at_init(kind):
     ids, images = torch.randint(0, LLAMA.vocab_size, (3, 9)), torch.randn(2, 3, 16, 16)
     bare, bare_cls = base.output(base(ids)), vit(images)
     model = LaVIN(base, vit, LaVINConfig(AdapterConfig(kind))).eval()
-    w = model.routing(torch.tensor([[0], [1], [0]]))
+    w = model.routing()
+    w = None if w is None else w[:, [0, 1, 0], None]
     assert torch.equal(model.llama.output(model.llama(ids, w)), bare)
     assert torch.equal(model.vit(images), bare_cls)
 
@@ -64,73 +65,46 @@ def test_unknown_names_list_the_known():
 
 def test_cached_equals_uncached_with_ragged_prompts_and_both_modalities(lavin):
     """What decoding sees token by token is what training sees at once. (The released cache shifts every position.)"""
-    batch = make_batch(ROWS)
-    with torch.no_grad():
-        w = lavin.routing(batch.modality)
-        whole = lavin.llama(lavin.embed(batch), w)
-        prompts = [max(2 + 2 * r[2], len(r[0]) + 2 * r[2] - 2) for r in ROWS]  # ragged prefill, then 3 tokens each
-        cut = make_batch([(r[0][: n - 2 - 2 * r[2]], 0, r[2]) for r, n in zip(ROWS, prompts)])
-        cut = cut._replace(images=batch.images)
-        cache = KVCache.empty(LLAMA, len(ROWS), batch.tokens.shape[1] + 4)
-        h = lavin.llama(lavin.embed(cut), w, cache=cache)
-        rows = torch.arange(len(ROWS))
-        assert close(h[rows, cut.lengths - 1], whole[rows, cut.lengths - 1])
-        for step in range(3):
-            at = cut.lengths + step
-            inside = at < batch.lengths
-            ids = batch.tokens[rows, at.clamp(max=batch.tokens.shape[1] - 1)]
-            h = lavin.llama(ids[:, None], w, at[:, None], cache=cache)
-            assert close(h[inside, 0], whole[rows[inside], at[inside]])
-
-
-def test_several_tokens_after_a_filled_cache(lavin):
-    ids = torch.randint(0, LLAMA.vocab_size, (2, 11))
-    with torch.no_grad():
-        w = lavin.routing(torch.tensor([[0], [1]]))
-        whole, cache = lavin.llama(ids, w), KVCache.empty(LLAMA, 2, 16)
-        lavin.llama(ids[:, :4], w, cache=cache)
-        rest = lavin.llama(ids[:, 4:], w, cache=cache, positions=torch.arange(4, 11).expand(2, -1))
-    assert close(rest, whole[:, 4:])
+    n_prompt = [max(0, len(ids) - 3) for ids, _, _ in ROWS]  # ragged prompts, then up to 3 tokens each
+    prompts = make_batch([(ids[:n], 0, image) for (ids, _, image), n in zip(ROWS, n_prompt)])
+    if prompts.images is not None:
+        prompts = prompts._replace(images=make_batch(ROWS).images)
+    with torch.inference_mode():
+        whole = all_logits(lavin, make_batch(ROWS))
+        logits, cache, w = lavin.prefill(prompts, room=3)
+        for s in range(4):
+            for row, (ids, _, _) in enumerate(ROWS):
+                if n_prompt[row] + s <= len(ids):
+                    assert close(logits[row], whole[row][prompts.lengths[row] + s - 1])
+            token = torch.tensor([(ids + [0] * 4)[n + s] for (ids, _, _), n in zip(ROWS, n_prompt)])
+            logits = lavin.decode(w, token, cache) if s < 3 else None
 
 
 def test_a_step_reads_the_filled_slots_alone(lavin):
-    """one row without a mask, several with one; what lies beyond is never touched"""
-    ids = torch.randint(0, LLAMA.vocab_size, (2, 9))
-    with torch.no_grad():
-        w = lavin.routing(torch.tensor([[0], [1]]))
-        whole = lavin.llama(ids, w)
-        for rows in (slice(0, 1), slice(0, 2)):
-            B = len(ids[rows])
-            cache = KVCache.empty(LLAMA, B, 16)
-            for x in cache.k + cache.v:
-                x[:, :, 9:] = float("nan")
-            lavin.llama(ids[rows, :6], w[:, rows], cache=cache)
-            for t in range(6, 9):
-                h = lavin.llama(ids[rows, t: t + 1], w[:, rows], torch.full((B, 1), t), cache=cache, filled=t + 1)
-                assert close(h[:, 0], whole[rows, t])
+    for rows in (ROWS[:1], ROWS):
+        with torch.inference_mode():
+            logits, cache, w = lavin.prefill(make_batch(rows), room=6)
+            for x in (cache.k, cache.v):
+                x[:, :, :, cache.filled + 2:] = float("nan")
+            for _ in range(2):
+                assert lavin.decode(w, torch.full((len(rows),), 5), cache).isfinite().all()
 
 
-def test_few_rows_by_halves_equal_the_plain_product(monkeypatch):
-    monkeypatch.setattr(llama.Linear, "by_halves", True)  # whatever this machine is
-    for size, bias in ((600, False), (512, True)):
-        linear = llama.Linear(512, size, bias)
-        assert linear.in_halves
-        for rows in (1, 2, 4, 5):
-            x = torch.randn(rows, 1, 512)
-            with torch.inference_mode():
-                y = linear(x)
-            assert y.shape == (rows, 1, size) and close(y, F.linear(x, linear.weight, linear.bias).detach())
+@pytest.mark.parametrize("amd", [False, True])
+def test_matvec_equals_the_plain_product(monkeypatch, amd):
+    monkeypatch.setattr(step, "amd", lambda: amd)  # whatever this machine is
+    for size, bias in ((600, None), (512, torch.randn(512))):
+        W, x = torch.randn(size, 512), torch.randn(1, 512)
+        assert close(step.matvec(W, x, bias), F.linear(x, W, bias))
 
 
 def teacher_forced(model, row, n):
     """greedy answer by running the whole sequence anew for every token"""
     ids, answer = list(row[0]), []
     for _ in range(n):
-        batch = make_batch([(ids, 0, row[2])])
-        batch = batch._replace(images=make_batch([row]).images)
+        batch = make_batch([(ids, 0, row[2])])._replace(images=make_batch([row]).images)
         with torch.no_grad():
-            h = model.llama(model.embed(batch), model.routing(batch.modality))
-        token = model.llama.output(h[0, -1]).argmax().item()
+            token = all_logits(model, batch)[0][-1].argmax().item()
         if token == 2:
             break
         answer.append(token)
@@ -160,31 +134,45 @@ def test_folded_equals_unfolded(kind):
     """Structural re-parameterisation: no adapter left in LLaMA, the same logits in both modalities."""
     model, folded = make_lavin(kind=kind, scale=0.7, tau=3.0), make_lavin(kind=kind, scale=0.7, tau=3.0).fold(0, 1)
     assert all(layer.adapter_attn is None for layer in folded.llama.layers)
-    assert not any(n.endswith(("wq.weight", "wk.weight", "wv.weight")) for n, _ in folded.named_parameters())  # gone
     for rows in ([r for r in ROWS if r[2]], [r for r in ROWS if not r[2]]):
         batch = make_batch(rows)
         folded.enter(int(rows[0][2]))
         with torch.no_grad():
-            logits = [m.llama.output(m.llama(m.embed(batch), m.routing(batch.modality))) for m in (model, folded)]
-        assert close(logits[1], logits[0])
+            assert all(close(a, b) for a, b in zip(all_logits(folded, batch), all_logits(model, batch)))
         prompts = make_batch([(ids, 0, picture) for ids, _, picture in rows])
-        assert folded.generate(prompts, 12, eos=2, temperature=0.0) == model.generate(prompts, 12, eos=2, temperature=0.0)
+        answers = [m.generate(prompts, 12, eos=2, temperature=0.0) for m in (folded, model)]
+        assert answers[0] == answers[1]
     with pytest.raises(ValueError, match="fold for both"):
         make_lavin().fold(0).generate(make_batch([ROWS[0]]), 2, eos=2)
 
 
-def test_folded_steps_need_no_autocast():
-    model = make_lavin().to(torch.bfloat16)
+def test_folding_keeps_one_set_of_projections():
+    folded = make_lavin().fold(1)
+    a, (W, b) = folded.llama.layers[0].attention, folded.folded[1][0]
+    assert [x.weight.data_ptr() for x in (a.wq, a.wk, a.wv)] == [x.data_ptr() for x in W.chunk(3)]  # views, no copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fast_step_equals_decode(dtype):
+    """Straight-line code for one row: the same logits and the same cache, in both modalities."""
+    model = make_lavin().to(dtype)
     for p in trainable(model).values():
         p.data = p.data.float()
-    rows = make_batch(PROMPTS[::2])
-    answer = model.fold(1).generate(rows, 12, eos=-1, temperature=0.0)
-    ids = torch.tensor(answer)
-    with torch.no_grad(), model.autocast():  # the whole at once, as training sees it
-        z = torch.cat([model.embed(rows)[:1, : rows.lengths[0]], model.llama.tok_embeddings(ids[:1])], dim=1)
-        logits = model.llama.output(model.llama(z))[0, rows.lengths[0] - 1: -1].float()
-    chosen = logits.gather(1, ids[0, :, None])[:, 0]
-    assert (logits.max(-1).values - chosen).max() < 0.05 * logits.std()  # but for bf16's rounding, the likeliest token
+    fast = step.FastStep(model.fold(0, 1))
+    for row in PROMPTS[:3]:
+        batch = make_batch([row])
+        model.enter(batch.modality[0])
+        with torch.inference_mode():
+            caches = [model.prefill(batch, room=8)[1] for _ in range(2)]
+            for t in range(8):
+                token = torch.tensor([t % 7 + 3])
+                a, b = model.decode(None, token, caches[0]), fast(token, caches[1])
+                assert close(b, a, 1e-5 if dtype == torch.float32 else 0.05)
+        assert close(caches[1].k, caches[0].k, 1e-5 if dtype == torch.float32 else 0.05)
+        answers = [model.generate(batch, 12, eos=2, temperature=0.0, step=s) for s in (None, fast)]
+        assert answers[0] == answers[1] or dtype == torch.bfloat16
+    rows = make_batch(PROMPTS[::2])  # several rows are left to decode
+    assert model.generate(rows, 8, eos=2, temperature=0.0, step=fast) == model.generate(rows, 8, eos=2, temperature=0.0)
 
 
 def test_pictures_do_not_depend_on_batch_mates(lavin):
@@ -205,52 +193,47 @@ def test_the_vit_sees_only_the_pictures_that_exist(lavin, monkeypatch):
     assert seen == [2]
 
 
-def test_a_picture_that_several_samples_show_is_encoded_once(lavin, monkeypatch):
-    """In training for each of them: their dropout differs."""
+def test_an_image_that_several_samples_share_is_encoded_once(lavin, monkeypatch):
+    """In training once per sample, because their dropout differs."""
     seen, forward = [], lavin.vit.forward
     monkeypatch.setattr(lavin.vit, "forward", lambda images, *a: seen.append(len(images)) or forward(images, *a))
-    batch = make_batch([(ids, 0, True) for ids in ([5, 9, 11], [8, 4], [20, 31, 7, 12])], pack=True)
-    shows = torch.tensor([1, 0, 1])
-    shared, apart = batch._replace(images=batch.images[:2], shows=shows), batch._replace(images=batch.images[shows])
+    rows, index = [(ids, 0, True) for ids in ([5, 9, 11], [8, 4], [20, 31, 7, 12])], torch.tensor([1, 0, 1])
+    batch = make_batch(rows)
+    shared, apart = batch._replace(images=batch.images[:2], image_index=index), batch._replace(images=batch.images[index])
     with torch.no_grad():
-        assert close(lavin.embed(shared), lavin.embed(apart)) and seen == [2, 3]
-        assert torch.equal(lavin.embed(shared._replace(seen=lavin.look(shared), images=None)), lavin.embed(shared))
-        lavin.train()
-        seeds = torch.arange(3).repeat_interleave(batch.lengths)[None]
-        assert close(lavin.embed(shared._replace(seeds=seeds)), lavin.embed(apart._replace(seeds=seeds))) and seen[-2:] == [3, 3]
+        assert close(torch.cat(lavin.embed(shared)), torch.cat(lavin.embed(apart))) and seen == [2, 3]
+        embeds = lavin.encode_images(shared)
+        known = shared._replace(image_embeds=embeds, images=None)
+        assert torch.equal(torch.cat(lavin.embed(known)), torch.cat(lavin.embed(shared)))
+        keep = masks(rows, range(3))
+        dropped = [torch.cat(lavin.embed(b._replace(**keep))) for b in (shared, apart)]
+        assert close(*dropped) and seen[-2:] == [3, 3]
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
     model(batch).backward()
-    return {n: p.grad for n, p in trainable(model).items()}
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable(model).items()}
 
 
-def test_packed_equals_padded(lavin):
+def test_packed_equals_one_sample_at_a_time(lavin):
     """Samples end to end in one row: the same loss and the same gradients, without a token of padding."""
-    batch, packed = make_batch(ROWS), make_batch(ROWS, pack=True)
-    assert packed.tokens.shape == (1, batch.lengths.sum())
-    assert close(lavin(packed).detach(), lavin(batch).detach())
-    padded = gradients(lavin, batch)
-    assert all(close(g, padded[n]) for n, g in gradients(lavin, packed).items())
+    batch, alone = make_batch(ROWS), [make_batch([row]) for row in ROWS]
+    assert close(lavin(batch).detach(), sum(lavin(b).detach() for b in alone))
+    apart = [gradients(lavin, b) for b in alone]
+    assert all(close(g, sum(a[n] for a in apart)) for n, g in gradients(lavin, batch).items())
 
 
 def test_chunked_loss_equals_the_whole_one(lavin, monkeypatch):
     batch = make_batch(ROWS)
-    h = lavin.llama(lavin.embed(batch), lavin.routing(batch.modality))
-    loss = F.cross_entropy(lavin.llama.output(h).flatten(0, 1)[batch.where], batch.targets, reduction="sum")
-    expected = dict(zip(trainable(lavin), torch.autograd.grad(loss / 7, trainable(lavin).values())))
+    logits = lavin.llama.output(lavin.hidden(batch))
+    assert len(logits) == sum(n for _, n, _ in ROWS)  # logits only where there is a target
+    loss = F.cross_entropy(logits, batch.targets, reduction="sum")
+    expected = dict(zip(trainable(lavin), torch.autograd.grad(loss, trainable(lavin).values())))
     for rows in (3, 256):
-        monkeypatch.setattr(NegativeLogLikelihood, "ROWS", rows)
+        monkeypatch.setattr(lavin_module, "LOSS_ROWS", rows)
         assert close(lavin(batch).detach(), loss.detach())
-        assert all(close(g / 7, expected[n]) for n, g in gradients(lavin, batch).items())
-
-
-def test_logits_only_where_there_is_a_target(lavin, monkeypatch):
-    rows, softmax = [], F.log_softmax
-    monkeypatch.setattr(F, "log_softmax", lambda x, **kw: rows.append(x.shape[0]) or softmax(x, **kw))
-    lavin(make_batch(ROWS))
-    assert rows == [sum(n for _, n, _ in ROWS)]
+        assert all(close(g, expected[n]) for n, g in gradients(lavin, batch).items())
 
 
 def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):
@@ -263,73 +246,78 @@ def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):
     assert draws == [pick(logits, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
 
 
-def test_dropout_is_a_function_of_seed_position_layer_and_unit():
-    seeds, positions = torch.arange(200)[:, None] * 7919, torch.arange(50)[None]
-    masks = lambda seeds, positions: adapters.survivors(seeds, positions, AdapterConfig(dim=8, dropout=0.1), 3, 2)
-    keep, other_layer = masks(seeds, positions)
-    assert abs(keep.float().mean().item() - 0.9) < 0.003
-    for dim in range(3):  # no token, sample or unit is treated unlike the others
-        others = tuple({0, 1, 2} - {dim})
-        means = keep.float().mean(others)
-        assert (means - 0.9).abs().max() < 5 * (0.09 * len(means) / keep.numel()) ** 0.5
-    assert torch.equal(keep[5:9, 10:12], masks(seeds[5:9], positions[:, 10:12])[0])
-    (alone,) = adapters.survivors(seeds, positions, AdapterConfig(dim=8, dropout=0.1), 4, 1)
-    assert torch.equal(alone, other_layer) and not torch.equal(alone, keep)  # counted through the whole model
-    assert abs((keep & other_layer).float().mean().item() - 0.81) < 0.005  # independent
+def test_dropout_depends_on_the_seed_of_each_sample():
+    rows = [([5] * 100, 1, True)] * 40
+    keep, again = masks(rows, range(40), p=0.1), masks(rows[:3], (0, 7, 2), p=0.1)
+    for name, axis in (("keep_llama", 2), ("keep_vit", 1)):
+        mask = keep[name]
+        assert abs(mask.float().mean().item() - 0.9) < 0.005
+        for dim in {*range(mask.ndim)} - {1 if name == "keep_llama" else -1}:  # no layer, token or unit stands out
+            means = mask.float().mean([d for d in range(mask.ndim) if d != dim])
+            assert (means - 0.9).abs().max() < 6 * (0.09 * len(means) / mask.numel()) ** 0.5
+        T = mask.shape[axis] // 40 if name == "keep_llama" else 1
+        parts = [m.split(T, dim=axis) for m in (mask, again[name])]
+        assert all(torch.equal(parts[1][k], parts[0][seed]) for k, seed in enumerate((0, 7, 2)))
+        assert not torch.equal(parts[0][0], parts[0][1])
 
 
-def test_dropout_in_training_only():
-    model, batch = make_lavin(dropout=0.5), make_batch(ROWS, pack=True)
-    seeded = batch._replace(seeds=torch.arange(len(ROWS)).repeat_interleave(batch.lengths)[None])
-    loss = model(batch).item()
-    assert model(seeded).item() == loss
-    model.train()
-    assert model(batch).item() == loss and model(seeded).item() != loss and model(seeded).item() == model(seeded).item()
-    # each sample has its own seed: together and alone are the same thing
-    alone = sum(model(make_batch([row], pack=True)._replace(seeds=torch.full((1, n), i))).item()
-                for i, (row, n) in enumerate(zip(ROWS, batch.lengths.tolist())))
-    assert model(seeded).item() == pytest.approx(alone, rel=1e-5)
+def test_dropout_of_a_sample_does_not_depend_on_its_batch_mates():
+    model, batch, seeds = make_lavin(dropout=0.5), make_batch(ROWS), range(len(ROWS))
+    dropped = batch._replace(**masks(ROWS, seeds))
+    assert model(dropped).item() != model(batch).item() and model(dropped).item() == model(dropped).item()
+    alone = sum(model(make_batch([row])._replace(**masks([row], [seed]))).item() for row, seed in zip(ROWS, seeds))
+    assert model(dropped).item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_dropout_scales_what_survives():
+    model, batch = make_lavin(dropout=0.5), make_batch(ROWS)
+    keep = {name: torch.ones_like(x) for name, x in masks(ROWS, range(4)).items()}
+    hooked = make_lavin(dropout=0.5)
+    for name, module in hooked.named_modules():
+        if name.endswith("adapter_attn.phi_d"):
+            module.register_forward_hook(lambda module, args, h: 2 * h)
+    with torch.no_grad():
+        w = model.routing()
+        hooked.routing = lambda: w  # there is no dropout where the routing weights are made
+        assert close(model(batch._replace(**keep)), hooked(batch))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 def test_a_compiled_step_is_the_step(lavin):
-    """in C++: the same logits and cache, in both modalities, at any length; several rows are left to the plain one"""
-    plain = copy.deepcopy(lavin).fold(0, 1)
-    compiled = lavin.fold(0, 1).compile_step()
+    """in C++: the same logits and cache, in both modalities, at any length; several rows are left to decode"""
+    compiled = compiling.compile_step(lavin.fold(0, 1))
     for row, modality in ((PROMPTS[0], 1), (PROMPTS[1], 0), (PROMPTS[2], 1)):
-        batch, caches = make_batch([row]), []
-        for model in (plain, compiled):
-            model.enter(modality)
-            caches.append((model.compiled or model).cache(1, 40))
-            with torch.inference_mode():
-                model.llama(model.embed(batch), cache=caches[-1])
-        n = int(batch.lengths)
-        for t in range(n, n + 8):
-            with torch.inference_mode():
-                step = torch.tensor([t % 7 + 3]), None, torch.tensor([t])
-                assert close(compiled.compiled(*step, caches[1], t + 1), plain.step(*step, caches[0], t + 1))
-        for x, y in zip(*(c.k + c.v for c in caches)):
-            assert close(x, y) and y[:, :, n + 7].abs().sum() > 0 and y[:, :, n + 8:].abs().sum() == 0
-        assert compiled.generate(batch, 8, eos=2, temperature=0.0) == plain.generate(batch, 8, eos=2, temperature=0.0)
+        batch = make_batch([row])
+        lavin.enter(modality)
+        with torch.inference_mode():
+            caches = [lavin.prefill(batch, room=30)[1] for _ in range(2)]
+            for t in range(8):
+                token = torch.tensor([t % 7 + 3])
+                assert close(compiled(token, caches[1]), lavin.decode(None, token, caches[0]))
+        n = caches[1].filled
+        for x, y in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
+            assert close(x, y) and y[:, :, :, n - 1].abs().sum() > 0 and y[:, :, :, n:].abs().sum() == 0
+        answers = [lavin.generate(batch, 8, eos=2, temperature=0.0, step=s) for s in (compiled, None)]
+        assert answers[0] == answers[1]
     rows = make_batch(PROMPTS[::2])
-    assert compiled.generate(rows, 8, eos=2, temperature=0.0) == plain.generate(rows, 8, eos=2, temperature=0.0)
+    assert lavin.generate(rows, 8, eos=2, temperature=0.0, step=compiled) == lavin.generate(rows, 8, eos=2, temperature=0.0)
 
 
 def test_a_graph_reads_its_cache_as_a_whole(lavin, monkeypatch):
     """Traced in one piece, with static shapes, one cache for all answers; what a GPU does with it is not seen here."""
-    compile, rows = torch.compile, make_batch(PROMPTS[::2])
+    compile, row = torch.compile, make_batch(PROMPTS[:1])
     monkeypatch.setattr(torch, "compile", lambda f, mode, **kw: compile(f, backend="eager", **kw))
-    plain = lavin.fold(1).generate(rows, 8, eos=2, temperature=0.0)
-    lavin.compiled = compiling.Graph(lavin)
+    plain = lavin.fold(1).generate(row, 8, eos=2, temperature=0.0)
+    graph = compiling.Graph(lavin)
     for _ in range(2):  # the second time after what the first one left in the cache
-        assert lavin.generate(rows, 8, eos=2, temperature=0.0) == plain
-    assert len(lavin.compiled.caches) == 1
+        assert lavin.generate(row, 8, eos=2, temperature=0.0, step=graph) == plain
+    assert graph.slots == 256
 
 
 def test_compiling_without_a_compiler_is_one_line(lavin, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="^--compile: there is no C.. compiler here; [^\n]*$"):
-        lavin.compile_step()
+        compiling.compile_step(lavin.fold(0))
 
 
 def test_prompt_longer_than_the_context(lavin):

@@ -118,7 +118,7 @@ def test_every_llama_layout_gives_the_same_bits(tmp_path):
 def greedy(model: LLaMA, prompts: list[list[int]], n: int, eos: int) -> list[list[int]]:
     """without adapters: untrained ones are the identity"""
     lavin = LaVIN(model, None, LaVINConfig(vision=False)).eval()
-    batch = collate([Example(None, ids, len(ids), 0, 0) for ids in prompts], 0, "clip")
+    batch = collate([Example(None, ids[:1], 0, ids[1:], len(ids) - 1) for ids in prompts], 0, "clip")
     return lavin.generate(batch, n, eos, temperature=0)
 
 

@@ -1,0 +1,32 @@
+"""Draw LLaMA's routing weights: one pair of bars per layer, for text input and for image input."""
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+BLUE, ORANGE = (66, 99, 180), (226, 150, 66)
+
+
+def table(w: torch.Tensor) -> str:
+    """w [L, 2, 2] of `LaVIN.routing` -> one line per layer"""
+    lines = ["layer   text: w_0 w_1                        image: w_0 w_1"]
+    for i, layer in enumerate(w.tolist()):
+        bars = [f"{w0:.3f} {'#' * round(20 * w0):.<20} {w1:.3f}" for w0, w1 in layer]
+        lines.append(f"{i:>5}   " + "    ".join(bars))
+    return "\n".join(lines)
+
+
+def picture(w: torch.Tensor, file: Path) -> None:
+    """Write the same as a PNG."""
+    row, left, width = 18, 60, 200
+    image = Image.new("RGB", (left + 2 * (width + 20), (len(w) + 2) * row), "white")
+    draw = ImageDraw.Draw(image)
+    for k, name in enumerate(("text input", "image input")):
+        x = left + k * (width + 20)
+        draw.text((x, 4), f"{name}: w_0 | w_1", fill="black")
+        for i, (w0, _) in enumerate(w[:, k].tolist()):
+            y = (i + 1) * row
+            draw.text((4, y + 2), f"layer {i}", fill="black")
+            draw.rectangle((x, y + 2, x + width * w0, y + row - 3), fill=BLUE)
+            draw.rectangle((x + width * w0, y + 2, x + width, y + row - 3), fill=ORANGE)
+    image.save(file)
