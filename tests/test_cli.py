@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 import cli
+import evaluate
 
 
 @dataclass
@@ -136,3 +137,15 @@ def test_unknown_flags_and_recipes(capsys):
     assert refused(capsys, "--zzzz") == "unknown flag --zzzz; see --help"
     told = refused(capsys, "--recipe", "soup", presets=PRESETS)
     assert told == "unknown --recipe 'soup'; known: tiny, paper"
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ("--batch_size 0", "a number of at least 1"), ("--limit -1", "a number of at least 0"),
+    ("--temperature -0.1", "a number of at least 0"), ("--temperature nan", "a number of at least 0"),
+    ("--top_p 0.0", "a number from above 0 to 1"), ("--top_p 1.1", "a number from above 0 to 1"),
+    ("--max_new_tokens -1", "a number of at least 0"), ("--seed -1", "a number of at least 0")])
+def test_the_ranges_of_evaluate(capsys, argv, expected):
+    for config in (evaluate.ScienceQA, evaluate.COCO, evaluate.MME):
+        assert refused(capsys, *argv.split(), config=config) == f"{argv}: expected {expected}"
+        assert parse("--top_p", "1", "--temperature", "0", "--batch_size", "1", config=config).top_p == 1
+    assert refused(capsys, "--limit", "-1", config=evaluate.TruthfulQA).startswith("--limit -1: expected")
