@@ -25,7 +25,7 @@ from datetime import timedelta
 
 import cli
 import prompts
-from evaluation import scores  # modules that need torch are imported in functions: scoring needs no torch
+from evaluation import benchmarks, scores  # answering needs torch: imported where it is used
 from prompts import Sample
 
 
@@ -164,7 +164,7 @@ def mme(cfg: MME) -> tuple[dict, str] | None:
         tasks = cfg.tasks.split(",") if cfg.tasks else [*scores.PERCEPTION, *scores.COGNITION]
         for task in tasks:
             scores.check_task("--tasks", task)
-        samples = prompts.read_mme(cfg.data, tasks)[: 2 * cfg.limit or None]  # two questions per picture
+        samples = benchmarks.read_mme(cfg.data, tasks)[: 2 * cfg.limit or None]  # two questions per picture
         metadata, out = adapter_metadata(cfg, needs_pictures=True), f"{cfg.out}/predictions.jsonl"
         replies = generate(cfg, samples, out, metadata, command="mme", data=cfg.data, tasks=cfg.tasks)
         if replies is None:
@@ -185,7 +185,7 @@ class TruthfulQA(ModelFlags):
 def truthfulqa(cfg: TruthfulQA) -> tuple[dict, str] | None:
     if not cfg.data:
         raise ValueError("truthfulqa: give --data FILE, where FILE is TruthfulQA's mc_task.json")
-    samples = prompts.read_truthfulqa(cfg.data)[: cfg.limit or None]
+    samples = benchmarks.read_truthfulqa(cfg.data)[: cfg.limit or None]
     if cfg.predictions:
         logp = scores.predictions_for(cfg.predictions, [s.id for s in samples], f"questions of {cfg.data}")
     else:

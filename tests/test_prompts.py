@@ -6,6 +6,7 @@ import pytest
 
 import prompts
 import published
+from evaluation import benchmarks
 from prompts import build_prompt, build_response
 
 PROBLEM = {"question": "Which is  red?", "choices": ["sky", "a  rose"], "answer": 1, "hint": "Look.", "image": "image.png",
@@ -193,7 +194,7 @@ def test_mixture_mistakes(spec, message):
 
 def test_mme_in_both_layouts(tmp_path):
     published.mme(tmp_path, {"existence": 2, "artwork": 3})
-    samples = prompts.read_mme(tmp_path, ["existence", "artwork", "OCR"])
+    samples = benchmarks.read_mme(tmp_path, ["existence", "artwork", "OCR"])
     prompts.check_pictures(samples)
     names = ["existence/0000.jpg", "existence/0001.png", "artwork/0000.jpg", "artwork/0001.png", "artwork/0002.jpg"]
     assert [s.id for s in samples] == [f"{name}:{line}" for name in names for line in (1, 2)]
@@ -201,19 +202,19 @@ def test_mme_in_both_layouts(tmp_path):
     assert [s.problem["answer"] for s in samples] == ["Yes", "No"] * 5
     (tmp_path / "artwork/questions_answers_YN/0001.txt").write_text("Is it?\tYes\nIs it not? No\n")
     with pytest.raises(ValueError, match="0001.txt:2: expected question<TAB>Yes or No"):
-        prompts.read_mme(tmp_path, ["artwork"])
+        benchmarks.read_mme(tmp_path, ["artwork"])
     with pytest.raises(FileNotFoundError, match="none of MME's folders"):
-        prompts.read_mme(tmp_path, ["OCR"])
+        benchmarks.read_mme(tmp_path, ["OCR"])
     (tmp_path / "existence/0000.jpg").unlink()
     with pytest.raises(ValueError, match="existence/0000.jpg: no such picture"):
-        prompts.check_pictures(prompts.read_mme(tmp_path, ["existence"]))
+        prompts.check_pictures(benchmarks.read_mme(tmp_path, ["existence"]))
 
 
 def test_truthfulqa(tmp_path):
-    sky, dog = prompts.read_truthfulqa(published.truthfulqa(tmp_path / "mc_task.json"))
+    sky, dog = benchmarks.read_truthfulqa(published.truthfulqa(tmp_path / "mc_task.json"))
     assert sky.prompt == "Instruction: What color is the sky?\nResponse:" and dog.id == "1"
     for change in ({"mc1_targets": {"x": 1, "y": 1, "z": 0}}, {"mc1_targets": {"x": 0}}, {"mc2_targets": {"x": 1}},
                    {"mc2_targets": []}):
         published.put(tmp_path / "bad.json", [{**dog.problem, **change}])
         with pytest.raises(ValueError, match="bad.json: record 0: 'mc"):
-            prompts.read_truthfulqa(tmp_path / "bad.json")
+            benchmarks.read_truthfulqa(tmp_path / "bad.json")
