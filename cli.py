@@ -94,7 +94,7 @@ def run(main) -> None:
     except (ValueError, OSError) as e:
         if os.environ.get("LAVIN_TRACEBACK"):  # set it to see where the error came from
             raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).splitlines())}")
 
 
 def at_least(cfg, **bounds: float) -> None:

@@ -105,7 +105,7 @@ def scienceqa(cfg: ScienceQA) -> tuple[dict, str] | None:
         return None
     if not samples:
         raise ValueError(f"{cfg.data}: split {cfg.split} is empty; choose another --split")
-    result = scores.scienceqa(samples, answers)
+    result = scores.scienceqa(samples, answers, cfg.predictions or cfg.out)
     table = scores.scienceqa_table(result, paper=True)
     if cfg.data == ScienceQA.data:
         table += "\n(here: the embedded small world; the paper's rows are about ScienceQA)"
@@ -143,7 +143,7 @@ def coco(cfg: COCO) -> tuple[dict, str] | None:
         captions = generate(cfg, samples, cfg.out, metadata, command="coco", data=cfg.data)
         if captions is None or not references:
             return None
-    result = scores.coco(captions, references)
+    result = scores.coco(captions, references, cfg.predictions or cfg.out)
     return result, scores.coco_table(result)
 
 
@@ -194,7 +194,7 @@ def truthfulqa(cfg: TruthfulQA) -> tuple[dict, str] | None:
         logp = answering.predict(cfg, samples, cfg.out, run, answering.weigh)
     if logp is None:
         return None
-    result = scores.truthfulqa(samples, logp)
+    result = scores.truthfulqa(samples, logp, cfg.predictions or cfg.out)
     return result, scores.truthfulqa_table(result)
 
 

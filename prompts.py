@@ -20,6 +20,7 @@ IMAGES is the folder of the pictures. By default it is the folder of the file, a
 import difflib
 import json
 import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Sample:
 
 def read_text(path: Path, what: str) -> str:
     """The text of a file. `what` tells the user which file is expected here."""
-    if not path.is_file():
+    if not path.is_file():  # a pipe is no file either: reading it could wait forever
         raise FileNotFoundError(f"{path}: no such file; expected {what}")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -51,13 +52,20 @@ def read_text(path: Path, what: str) -> str:
 
 def parse_json(where: str, text: str):
     try:
-        return json.loads(text)
-    except ValueError as e:
+        content = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # encode() refuses half a surrogate pair
+            json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:  # json recurses into nested lists
         raise ValueError(f"{where}: not valid JSON ({e})") from None
+    return content
 
 
-def read_json(path: Path, what: str):
-    return parse_json(str(path), read_text(path, what))
+def read_json(path: Path, what: str, kind: type = object):
+    content = parse_json(str(path), read_text(path, what))
+    if not isinstance(content, kind):
+        expected = getattr(kind, "__name__", kind)
+        raise ValueError(f"{path}: holds {type(content).__name__}, expected a {expected}; {what}")
+    return content
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -70,21 +78,29 @@ def read_records(path: Path, what: str) -> list[tuple[str, dict]]:
         lines = enumerate(read_lines(path, what), start=1)
         records = [(f"{path}:{n}", parse_json(f"{path}:{n}", line)) for n, line in lines if line.strip()]
     else:
-        rows = read_json(path, what)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: holds {type(rows).__name__}, expected a list; {what}")
-        records = [(f"{path}: record {i}", row) for i, row in enumerate(rows)]
+        records = [(f"{path}: record {i}", record) for i, record in enumerate(read_json(path, what, list))]
     if not records:
         raise ValueError(f"{path}: empty; expected {what}")
     return records
 
 
-def field(where: str, record: dict, name: str, kind: type = str, default=None):
+def field(where: str | Path, record: dict, name: str, kind: type = str, default=None):
     """record[name], which must be of type `kind`; if it is missing, the default or an error."""
     value = record.get(name, default) if isinstance(record, dict) else None
-    if not isinstance(value, kind):
-        raise ValueError(f"{where}: {name!r} is missing or not {kind.__name__}")
+    if not isinstance(value, kind) or isinstance(value, bool):  # to Python, JSON's true is an int
+        raise ValueError(f"{where}: {name!r} is missing or not {getattr(kind, '__name__', kind)}")
     return value
+
+
+def inside(where: str, folder: Path, *names: str) -> Path:
+    """folder/name/.. for names from a data file; ValueError if a name would leave the folder.
+
+    The picture itself may be a symbolic link to another place: a user makes links, a data file can't.
+    """
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{where}: {name!r} leaves its folder; expected a relative path without ..")
+    return folder.joinpath(*names)
 
 
 def check_pictures(samples: list[Sample]) -> None:
@@ -95,7 +111,7 @@ def check_pictures(samples: list[Sample]) -> None:
             by_folder[s.image.parent].append(s)
     missing = []
     for folder, its_samples in by_folder.items():
-        names = set(os.listdir(folder)) if folder.is_dir() else ()
+        names = {entry.name for entry in os.scandir(folder) if entry.is_file()} if folder.is_dir() else ()
         missing += [s for s in its_samples if s.image.name not in names]
     if missing:
         more = f" (and {len(missing) - 1} more are missing)" if missing[1:] else ""
@@ -105,15 +121,13 @@ def check_pictures(samples: list[Sample]) -> None:
 # --- ScienceQA (Lu et al., "Learn to Explain", NeurIPS 2022) ---------------------------------------
 
 FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "grade": str, "subject": str,
-          "lecture": str, "solution": str}
+          "lecture": str, "solution": str, "image": str | None}
 ANSWERS = {  # the data set's own formats: A answer, L lecture, E explanation. It swaps L and E in AL and AE.
-    "A": "The answer is {answer}.",
-    "AL": "The answer is {answer}. BECAUSE: {solution}",
+    "A": "The answer is {answer}.", "AL": "The answer is {answer}. BECAUSE: {solution}",
     "AE": "The answer is {answer}. BECAUSE: {lecture}",
     "ALE": "The answer is {answer}. BECAUSE: {lecture} {solution}",
     "AEL": "The answer is {answer}. BECAUSE: {solution} {lecture}",
-    "LA": "{lecture} The answer is {answer}.",
-    "EA": "{solution} The answer is {answer}.",
+    "LA": "{lecture} The answer is {answer}.", "EA": "{solution} The answer is {answer}.",
     "LEA": "{lecture} {solution} The answer is {answer}.",
     "ELA": "{solution} {lecture} The answer is {answer}.",
 }
@@ -149,6 +163,10 @@ def build_response(problem: dict, form: str = "QCM-ALE") -> str:
 def check_problem(where: str, p: dict) -> None:
     for name, kind in FIELDS.items():
         field(where, p, name, kind)
+    if not all(isinstance(choice, str) for choice in p["choices"]):
+        raise ValueError(f"{where}: 'choices' holds something that is not str")
+    if not re.fullmatch("grade[0-9]{1,2}", p["grade"]):
+        raise ValueError(f"{where}: 'grade' is {p['grade']!r}; expected grade1 to grade12")
     if not 2 <= len(p["choices"]) <= len(LETTERS) or not 0 <= p["answer"] < len(p["choices"]):
         raise ValueError(f"{where}: answer {p['answer']} does not fit its {len(p['choices'])} choices "
                          f"(2 to {len(LETTERS)} are possible)")
@@ -156,24 +174,24 @@ def check_problem(where: str, p: dict) -> None:
 
 def read_scienceqa(folder: str | Path, split: str, form: str = "QCM-ALE", captions: bool = False,
                    vision: bool = True) -> list[Sample]:
-    """The problems of one split. captions: append a picture's caption to the hint. vision False: no pictures.
-
-    Raises FileNotFoundError or ValueError, one line that names the file and the problem.
-    """
+    """The problems of a split. captions: append captions to the hints. vision False: no pictures."""
     folder, what = Path(folder), "a folder in ScienceQA's layout"
     check_format(form)
-    problems, splits = read_json(folder / "problems.json", what), read_json(folder / "pid_splits.json", what)
+    problems_file, splits_file = folder / "problems.json", folder / "pid_splits.json"
+    problems, splits = read_json(problems_file, what, dict), read_json(splits_file, what, dict)
     if split not in splits:
-        raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
-    texts = read_json(folder / "captions.json", what)["captions"] if captions else {}
+        raise ValueError(f"{splits_file}: no split {split!r}; it has {', '.join(splits)}")
+    captions_file = folder / "captions.json"
+    texts = field(captions_file, read_json(captions_file, what), "captions", dict) if captions else {}
     samples = []
-    for id in map(str, splits[split]):
+    for id in map(str, field(splits_file, splits, split, list)):
+        where = f"{problems_file}: problem {id}"
         if id not in problems:
-            raise ValueError(f"{folder / 'problems.json'}: problem {id} of split {split} is missing")
+            raise ValueError(f"{where} of split {split} is missing")
         p = problems[id]
-        check_problem(f"{folder / 'problems.json'}: problem {id}", p)
-        context = f"{p['hint']} {texts.get(id, '')}".strip()
-        image = folder / "images" / split / id / p["image"] if p.get("image") and vision else None
+        check_problem(where, p)
+        context = f"{p['hint']} {field(captions_file, texts, id, default='')}".strip()
+        image = inside(where, folder / "images", split, id, p["image"]) if p.get("image") and vision else None
         prompt = build_prompt(p["question"], context, p["choices"], form)
         samples.append(Sample(id, prompt, build_response(p, form), image, p))
     return samples
@@ -192,7 +210,7 @@ def read_instructions(file: str | Path, images: Path | None = None) -> list[Samp
     for i, (where, r) in enumerate(read_records(file, "records with instruction, input, output")):
         name = field(where, r, "image", default="")
         prompt = instruct(field(where, r, "instruction"), field(where, r, "input", default=""))
-        image = (images or file.parent) / name if name else None
+        image = inside(where, images or file.parent, name) if name else None
         samples.append(Sample(f"{file.stem}:{i}", prompt, field(where, r, "output").strip(), image, {}))
     return samples
 
@@ -216,7 +234,8 @@ def read_llava(path: str | Path, images: Path | None = None) -> list[Sample]:
     for file in files:
         for i, (where, r) in enumerate(read_records(file, f"LLaVA's {LLAVA_WHOLE} or its parts")):
             name = field(where, r, "image")
-            image = images / (f"COCO_train2014_{name}" if f"COCO_train2014_{name}" in present else name)
+            coco_name = f"COCO_train2014_{name}"
+            image = inside(where, images, coco_name if coco_name in present else name)
             turns = field(where, r, "conversations", list)
             speakers = [field(where, turn, "from") for turn in turns]
             texts = [field(where, turn, "value").replace("<image>", "").strip() for turn in turns]
@@ -236,7 +255,7 @@ def read_coco(path: str | Path, images: Path | None = None, split: str = "train"
     train: one sample per sentence. Others: one sample per picture, its sentences in problem["captions"].
     """
     file = Path(path) / "dataset_coco.json" if Path(path).is_dir() else Path(path)
-    records = field(str(file), read_json(file, "Karpathy's dataset_coco.json"), "images", list)
+    records = field(file, read_json(file, "Karpathy's dataset_coco.json"), "images", list)
     samples, splits = [], set()
     for i, r in enumerate(records):
         where = f"{file}: image {i}"
@@ -244,8 +263,8 @@ def read_coco(path: str | Path, images: Path | None = None, split: str = "train"
         splits.add(record_split)
         if record_split != split:
             continue
-        folder = (images or file.parent) / field(where, r, "filepath", default="")
-        image = folder / field(where, r, "filename")
+        names = field(where, r, "filepath", default=""), field(where, r, "filename")
+        image = inside(where, images or file.parent, *names)
         texts = [" ".join(field(where, s, "raw").split()) for s in field(where, r, "sentences", list)]
         id, prompt = str(r.get("cocoid", r.get("imgid", i))), instruct(CAPTION)
         if split == "train":

@@ -49,7 +49,9 @@ def read_truthfulqa(file: str | Path) -> list[Sample]:
     for i, (where, r) in enumerate(read_records(Path(file), "TruthfulQA's mc_task.json")):
         for name in ("mc1_targets", "mc2_targets"):
             labels = field(where, r, name, dict)
-            if set(labels.values()) != {0, 1} or not all(answer.strip() for answer in labels):
+            values = list(labels.values())
+            both = 0 in values and 1 in values and all(value in (0, 1) for value in values)
+            if not both or not all(answer.strip() for answer in labels):
                 raise ValueError(f"{where}: {name!r} needs true answers (1) and false answers (0)")
         if sum(r["mc1_targets"].values()) != 1:
             raise ValueError(f"{where}: 'mc1_targets' needs exactly one true answer")

@@ -25,15 +25,18 @@ def read_predictions(path: str | Path) -> dict[str, object]:
     path, what = Path(path), "predictions {id: prediction}"
     if path.suffix == ".jsonl":
         rows = prompts.read_records(path, what)
-        return {prompts.field(where, row, "id"): row.get("prediction") for where, row in rows
-                if "run" not in row}  # the first line: the flags that evaluate.py ran with
-    content = prompts.read_json(path, what)
-    if isinstance(content, list):
-        return {str(row.get("image_id") if isinstance(row, dict) else None):
-                prompts.field(f"{path}: record {i}", row, "caption") for i, row in enumerate(content)}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}; expected {what}")
-    return content
+        if isinstance(rows[0][1], dict) and "run" in rows[0][1]:  # the flags that evaluate.py ran with
+            del rows[0]
+        return {prompts.field(where, row, "id"): prompts.field(where, row, "prediction", str | int | dict)
+                for where, row in rows}
+    content = prompts.read_json(path, what, list | dict)
+    if isinstance(content, dict):
+        return content
+    captions = {}
+    for i, row in enumerate(content):
+        text = prompts.field(f"{path}: record {i}", row, "caption")
+        captions[str(prompts.field(f"{path}: record {i}", row, "image_id", str | int))] = text
+    return captions
 
 
 def predictions_for(path: str, ids: list[str], what: str) -> dict[str, object]:
@@ -46,6 +49,12 @@ def predictions_for(path: str, ids: list[str], what: str) -> dict[str, object]:
             more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
             raise ValueError(f"{path}: {fault} the {what}: {', '.join(wrong[:3])}{more}")
     return predictions
+
+
+def check_types(file: str | Path, predictions: dict[str, object], kind: type, expected: str) -> None:
+    for id, prediction in predictions.items():
+        if not isinstance(prediction, kind) or isinstance(prediction, bool):
+            raise ValueError(f"{file}: the prediction for {id} is {prediction!r:.60}; expected {expected}")
 
 
 def table(columns: list[str], rows: dict[str, list[str]]) -> str:
@@ -93,14 +102,13 @@ def read_answer(answer: str | int | None, n_choices: int) -> int | None:
     return index if 0 <= index < n_choices else None
 
 
-def scienceqa(samples: list[Sample], answers: dict[str, str | int]) -> dict:
+def scienceqa(samples: list[Sample], answers: dict[str, str | int], file: str = "predictions") -> dict:
     """accuracy: {column: per cent}, columns: {column: [right, all]}, unparsable: answers without a letter
 
     "no IMG" is added to the paper's nine columns: all problems without a picture, with or without a hint.
+    file: what messages call the answers
     """
-    for id, a in answers.items():
-        if not isinstance(a, (str, int, type(None))) or isinstance(a, bool):
-            raise ValueError(f"the prediction for problem {id} is {a!r}; expected an option index or a text")
+    check_types(file, answers, str | int | None, "an option index or a text")
     chosen = {s.id: read_answer(answers[s.id], len(s.problem["choices"])) for s in samples}
     counts = {}
     for name, belongs in {**COLUMNS, "no IMG": lambda p: not p.get("image")}.items():
@@ -134,8 +142,9 @@ def read_references(path: str | Path, ids) -> dict[str, list[str]]:
     if not isinstance(content, dict) or "annotations" not in content:
         return {s.id: s.problem["captions"] for s in prompts.read_coco(path, split="test")}
     captions = {}
-    for i, r in enumerate(content["annotations"]):
-        text, id = prompts.field(f"{path}: annotation {i}", r, "caption"), str(r.get("image_id"))
+    for i, r in enumerate(prompts.field(path, content, "annotations", list)):
+        where = f"{path}: annotation {i}"
+        text, id = prompts.field(where, r, "caption"), str(prompts.field(where, r, "image_id", str | int))
         if id in ids:
             captions.setdefault(id, []).append(text)
     return captions
@@ -156,11 +165,12 @@ def caption_tools():
     return Bleu(4), Cider(), PTBTokenizer()
 
 
-def coco(captions: dict[str, str], references: dict[str, list[str]]) -> dict:
+def coco(captions: dict[str, str], references: dict[str, list[str]], file: str = "predictions") -> dict:
     """BLEU-4 and CIDEr in per cent, not rounded, and the number of pictures"""
-    for id, text in captions.items():
-        if not isinstance(text, str):
-            raise ValueError(f"the caption of {id} is {text!r}; expected text")
+    check_types(file, captions, str, "a text")
+    for id in captions:
+        if not references[id]:
+            raise ValueError(f"picture {id} has no reference caption; remove it from {file}")
     bleu, cider, tokenizer = caption_tools()
     with redirect_stdout(sys.stderr):  # the library prints to stdout, which is for scores
         said = tokenizer.tokenize({id: [{"caption": text}] for id, text in captions.items()})
@@ -268,19 +278,22 @@ def mme_table(result: dict) -> str:
     return f"{tasks}\n\n{table(['perception', 'cognition'], rows)}{note}"
 
 
-def truthfulqa(questions: list[Sample], predictions: dict[str, dict[str, float]]) -> dict:
+def truthfulqa(questions: list[Sample], predictions: dict[str, dict[str, float]],
+               file: str = "predictions") -> dict:
     """MC1 and MC2 in per cent, and the number of questions.
 
     predictions: {question id: {answer: log p(answer | question)}}
     MC1: the share of questions whose one true answer is the likeliest of mc1_targets
     MC2: the probability of the true answers divided by that of all answers in mc2_targets, on average
     """
+    check_types(file, predictions, dict, "{answer: log-probability}")
     mc1, mc2 = [], []
     for q in questions:
         logp, single, several = predictions[q.id], q.problem["mc1_targets"], q.problem["mc2_targets"]
         for answer in (*single, *several):
-            if not isinstance(logp, dict) or not isinstance(logp.get(answer), (int, float)):
-                raise ValueError(f"question {q.id}: no log-probability for the answer {answer!r}")
+            value = logp.get(answer)
+            if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # nan fails, too
+                raise ValueError(f"{file}: question {q.id}: no finite log-probability for {answer!r}")
         (true,) = (a for a, label in single.items() if label)
         mc1.append(logp[true] > max(logp[a] for a, label in single.items() if not label))
         top = max(logp[a] for a in several)  # subtract it: exp() of a long answer's log p underflows to 0

@@ -149,3 +149,12 @@ def test_the_ranges_of_evaluate(capsys, argv, expected):
         assert refused(capsys, *argv.split(), config=config) == f"{argv}: expected {expected}"
         assert parse("--top_p", "1", "--temperature", "0", "--batch_size", "1", config=config).top_p == 1
     assert refused(capsys, "--limit", "-1", config=evaluate.TruthfulQA).startswith("--limit -1: expected")
+
+
+def test_a_mistake_is_one_line_whatever_it_quotes(monkeypatch):
+    def main():
+        raise ValueError("a.json: no field 'x\ny'\u2028z")
+    monkeypatch.setattr("sys.argv", ["some/train.py"])
+    with pytest.raises(SystemExit) as e:
+        cli.run(main)
+    assert e.value.code == "train.py: a.json: no field 'x y' z"
