@@ -1,4 +1,12 @@
-"""Command lines from dataclasses: a field is a flag, its type and default are the flag's, its comment is the help."""
+"""Command lines from dataclasses: a field is a flag, its default is the flag's, its comment is the help text.
+
+    epochs: float = 1.0  # [0, inf) passes over the train split
+    dropout: float = 0.0  # [0, 1) dropout inside the adapters
+
+The comment of a number may start with its range: "[" and "]" include the bound, "(" and ")" exclude it,
+inf is no bound. parse() refuses any other number in one line with exit status 2: "train.py: --dropout
+2.0: expected a number from 0 to below 1". A float without a range must be finite.
+"""
 import argparse
 import dataclasses
 import difflib
@@ -7,6 +15,8 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+
+RANGE = re.compile(r"([\[(])(-?[\d.]+|-inf), (-?[\d.]+|inf)([\])])")
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,98 +32,120 @@ class Parser(argparse.ArgumentParser):
 
 
 def underscored(word: str) -> str:
-    """--dry-run is --dry_run; the dash of --no-vision stays"""
-    name, *value = word.split("=", 1)
-    if not name.startswith("--"):
-        return word
-    prefix = "--no-" if name.startswith("--no-") else "--"
-    return "=".join([prefix + name.removeprefix(prefix).replace("-", "_"), *value])
+    """Turn --dry-run into --dry_run, and --no-any-base into --no-any_base."""
+    return re.sub(r"^(--(?:no-)?)([^=]+)", lambda m: m[1] + m[2].replace("-", "_"), word)
+
+
+def out_of_range(value: int | float, comment: str) -> str:
+    """What a flag with this comment expects instead of `value`; "" if the value is in range."""
+    found = RANGE.match(comment)
+    assert found or not comment.startswith(("[", "(")), f"declare a range like [0, 1), not {comment!r}"
+    opening, low, high, closing = found.groups() if found else ("(", "-inf", "inf", ")")
+    above_low = value >= float(low) if opening == "[" else value > float(low)
+    below_high = value <= float(high) if closing == "]" else value < float(high)
+    if above_low and below_high:  # never true for nan
+        return ""
+    if high == "inf":
+        at_low = "of at least" if opening == "[" else "above"
+        return "a finite number" if low == "-inf" else f"a number {at_low} {low}"
+    return f"a number from {'above ' * (opening == '(')}{low} to {'below ' * (closing == ')')}{high}"
 
 
 def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
-    """An instance of the dataclass `config` from the command line.
+    """Read the command line into an instance of the dataclass `config`.
 
-    presets  {name: {field: default}}; `config` then has a field `recipe` that picks one, explicit flags win
+    presets: {name: {field: default}}; the flag --recipe picks one, and flags that are given override it
     """
     argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    source = "".join(inspect.getsource(c) for c in config.__mro__[-2::-1])  # a subclass's own comment comes last and wins
+    source = "".join(inspect.getsource(c) for c in config.__mro__[-2::-1])  # base classes first
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, re.M))
     parser = Parser(description=(config.__doc__ or "").strip(), allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    presets = presets or {}
     for f in dataclasses.fields(config):
-        flag, text = f"--{f.name}", comments.get(f.name, "").replace("%", "%%")
+        by_recipe = {name: preset.get(f.name, f.default) for name, preset in presets.items()}
+        default = by_recipe[config.recipe] if presets else f.default
+        others = [f"; --recipe {name}: {value}" for name, value in by_recipe.items() if value != default]
+        text = f"{comments.get(f.name, '')} (default: {default}{''.join(others)})".replace("%", "%%")
         kind = type(f.default) if f.default is not None else str
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
-        parser.add_argument(flag, default=f.default, help=f"{text} (default: {f.default})", **how)
+        options = {"type": kind, "metavar": kind.__name__}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **options)
     if presets:
-        first = parser.parse_known_args(argv)[0].recipe
-        if first not in presets:
-            parser.error(f"unknown --recipe {first!r}; known: {', '.join(presets)}")
-        parser.set_defaults(**presets[first])
-    return config(**vars(parser.parse_args(argv)))
+        recipe = parser.parse_known_args(argv)[0].recipe
+        if recipe not in presets:
+            parser.error(f"unknown --recipe {recipe!r}; known: {', '.join(presets)}")
+        parser.set_defaults(**presets[recipe])
+    flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        is_number = type(value) in (int, float)
+        if is_number and (expected := out_of_range(value, comments.get(name, ""))):
+            parser.error(f"--{name} {value}: expected {expected}")
+    return config(**flags)
 
 
 def run(main) -> None:
-    """Call main(); a user's mistake (ValueError, OSError) becomes one line on stderr and exit status 1."""
+    """Call main(). A user's mistake (ValueError, OSError) becomes one line on stderr and exit status 1."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
     except (ValueError, OSError) as e:
-        if os.environ.get("LAVIN_TRACEBACK"):  # for whoever debugs the code instead of the input
+        if os.environ.get("LAVIN_TRACEBACK"):  # set it to see where the error came from
             raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).splitlines())}")
 
 
 def at_least(cfg, **bounds: float) -> None:
-    """ValueError if a flag is below its bound"""
+    """Raise ValueError if a flag is below its bound. (New flags declare their range instead.)"""
     for flag, least in bounds.items():
         if getattr(cfg, flag) < least:
             raise ValueError(f"--{flag} {getattr(cfg, flag)}: at least {least} is needed")
 
 
 def pick_device(device: str, dtype: str) -> tuple:
-    """("auto" or a torch device, "auto", "fp32" or "bf16") -> both; auto is CUDA in bf16, else the CPU in fp32"""
-    import torch  # here: scoring a predictions file does without it
+    """--device and --dtype as torch objects. auto: CUDA in bf16 if there is a GPU, else the CPU in fp32."""
+    import torch  # not at the top: scoring a file of predictions needs no torch
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype != "auto" and dtype not in dtypes:
         raise ValueError(f"unknown --dtype {dtype!r}; known: auto, {', '.join(dtypes)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        d = torch.device(device)
-        torch.empty(0, device=d)
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device}: not usable here; try cpu") from None
-    return d, dtypes.get(dtype, torch.bfloat16 if d.type == "cuda" else torch.float32)
+    return chosen, dtypes.get(dtype, torch.bfloat16 if chosen.type == "cuda" else torch.float32)
 
 
 def processes() -> tuple[int, int]:
-    """this process and how many there are, as torchrun tells"""
+    """The rank of this process and the number of processes, as torchrun sets them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager
 def process_group(backend: str, **options):
-    """All processes, met at its beginning and at its end, may talk through torch.distributed within; one: nothing to do"""
+    """Set up torch.distributed for the `with` block. A single process needs no group and gets none."""
     if processes()[1] == 1:
         yield
         return
     import torch.distributed as dist
-    # Imported once there is a group, this keeps it, as the default of its functions, and with it the threads of gloo,
-    # one of which may then still be at work while Python shuts down, and abort.
+    # The functions of this module keep the current process group as a default argument. Import it while there
+    # is none: a kept group keeps gloo's threads alive, and one of them may abort while Python shuts down.
     import torch.distributed.nn.functional
     dist.init_process_group(backend, **options)
     try:
         dist.barrier()
         yield
-        dist.barrier()  # nobody leaves while another still talks: gloo would abort
+        dist.barrier()  # gloo aborts if one process leaves while another still sends
     finally:
         dist.destroy_process_group()
 
 
 def clock(seconds: float) -> str:
     """75 -> 1:15, 3700 -> 1:01:40"""
-    m, s = divmod(int(seconds + 0.5), 60)
-    h, m = divmod(m, 60)
-    return f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

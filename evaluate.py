@@ -1,20 +1,20 @@
-"""The paper's tables, one command each; without a command, Table 1.
+"""Fill in the paper's tables, one command per table. Without a command: scienceqa.
 
-    python evaluate.py scienceqa                                   the embedded adapters on the embedded test split
-    python evaluate.py scienceqa --data ScienceQA                  Table 1
-    python evaluate.py coco --data COCO                            Table 4, Karpathy's test split
-    python evaluate.py mme --data MME_Benchmark_release_version    Table 5, pictures
-    python evaluate.py truthfulqa --data mc_task.json              Table 5, text
+    python evaluate.py scienceqa                                 the embedded model on the embedded test split
+    python evaluate.py scienceqa --data ScienceQA                Table 1
+    python evaluate.py coco --data COCO                          Table 4, Karpathy's test split
+    python evaluate.py mme --data MME_Benchmark_release_version  Table 5, pictures
+    python evaluate.py truthfulqa --data mc_task.json            Table 5, text
 
-each with --llama, --clip and --adapters as in sample.py. Under torchrun every process answers a share. With --out the
-predictions are written as they come, and a run that was killed goes on from there when it is started again.
+--llama, --clip and --adapters choose the model, as in sample.py. Under torchrun, each process answers a share
+of the questions. With --out, a run that was stopped resumes when it is started again with the same flags.
 
-Predictions that exist are scored without weights, pictures or torch:
+Each command can also score existing predictions, which needs no weights, no pictures and no torch:
 
-    python evaluate.py scienceqa --data ScienceQA --predictions FILE       {id: option index, or generated text}
+    python evaluate.py scienceqa --data ScienceQA --predictions FILE      {id: option index, or text}
     python evaluate.py coco --predictions FILE --references dataset_coco.json
-    python evaluate.py mme --results DIR                                   MME's own <task>.txt
-    python evaluate.py truthfulqa --data mc_task.json --predictions FILE   what --out wrote
+    python evaluate.py mme --results DIR                                  MME's own files, one <task>.txt each
+    python evaluate.py truthfulqa --data mc_task.json --predictions FILE  the file that --out wrote
 """
 import difflib
 import json
@@ -22,183 +22,179 @@ import re
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import cli
 import prompts
-from evaluation import scores
+from evaluation import benchmarks, scores  # answering needs torch: imported where it is used
 from prompts import Sample
 
-# torch, and our files that need it, are imported only where a model runs
+
+@dataclass
+class ModelFlags:
+    """Flags of all commands."""
+    adapters: str = "tiny/adapters.safetensors"  # adapter file written by train.py
+    llama: str = "tiny/llama"  # folder of LLaMA weights
+    clip: str = "tiny/clip"  # folder of CLIP weights
+    any_base: bool = False  # accept base weights other than those that the adapters were trained on
+    limit: int = 0  # [0, inf) use only the first N questions (coco, mme: pictures); 0: all
+    json: bool = False  # print the scores as one JSON line instead of a table
+    device: str = "auto"  # auto, cuda, cuda:1, cpu, ..
+    dtype: str = "auto"  # auto, bf16 or fp32
 
 
-def read_meta(cfg, pictures: bool = False) -> dict:
-    """what the adapter file says about its training"""
+@dataclass
+class GenerationFlags(ModelFlags):
+    """Flags of the commands that generate text."""
+    max_new_tokens: int = 0  # [0, inf) longest answer, in tokens; 0: as in training
+    temperature: float = 0.0  # [0, inf) 0 is greedy and repeatable; the paper samples at 0.1
+    top_p: float = 0.75  # (0, 1] nucleus sampling from this share of the probability, as in the paper
+    seed: int = 0  # [0, inf) seed of the sampling
+    batch_size: int = 64  # [1, inf) questions that each process answers at once
+
+
+def adapter_metadata(cfg: ModelFlags, needs_pictures: bool = False) -> dict:
+    """What the adapter file records about its training."""
     import weights
-    meta = weights.read_adapters(cfg.adapters)[1]
-    if pictures and not meta["lavin"]["vision"]:
-        raise ValueError(f"{cfg.adapters}: text-only adapters (trained with --no-vision), and this needs pictures")
-    return meta
+    metadata = weights.read_adapters(cfg.adapters)[1]
+    if needs_pictures and not metadata["lavin"]["vision"]:
+        raise ValueError(f"{cfg.adapters}: text-only adapters; this command needs some trained with pictures")
+    return metadata
 
 
-def generate(cfg, samples: list[Sample], out: str, meta: dict, until: re.Pattern | None = None, **run) -> dict | None:
-    """`predict` by generating text"""
+def generate(cfg: GenerationFlags, samples: list[Sample], out: str, metadata: dict,
+             until: re.Pattern | None = None, **run) -> dict[str, str] | None:
+    """{id: generated text} on the first process, None on the others.
+
+    An answer ends where `until` matches. `out` stores `run`: only the same run can resume from it.
+    """
     from evaluation import answering
     prompts.check_pictures(samples)
-    sampling = {"max_new_tokens": cfg.max_new_tokens or meta["max_new_tokens"], "temperature": cfg.temperature,
-                "top_p": cfg.top_p, "seed": cfg.seed}
+    longest = cfg.max_new_tokens or metadata["max_new_tokens"]
+    sampling = dict(max_new_tokens=longest, temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
 
     def work(model, tokenizer, samples, write):
-        answering.answer(model, tokenizer, samples, **sampling, batch_size=cfg.batch_size, progress=cli.processes()[0] == 0,
-               until=until, write=write)
+        answering.answer(model, tokenizer, samples, **sampling, batch_size=cfg.batch_size,
+                         progress=cli.processes()[0] == 0, until=until, write=write)
 
     return answering.predict(cfg, samples, out, {**run, **sampling}, work)
 
 
 @dataclass
-class Config:
-    """Flags of all commands that generate text."""
-    adapters: str = "tiny/adapters.safetensors"  # what train.py wrote
-    llama: str = "tiny/llama"  # folder of LLaMA weights
-    clip: str = "tiny/clip"  # folder of CLIP weights
-    any_base: bool = False  # accept a base with another fingerprint than the one trained on
-    max_new_tokens: int = 0  # longest answer; 0: as trained
-    temperature: float = 0.0  # the paper decodes at 0.1; 0 is greedy and repeatable
-    top_p: float = 0.75  # nucleus, as in the paper
-    seed: int = 0  # of the sampling
-    batch_size: int = 64  # answered together, by each process
-    limit: int = 0  # only the first so many problems or pictures; 0: all
-    json: bool = False  # scores as one JSON line on stdout instead of the table
-    device: str = "auto"  # cuda, cpu, ...
-    dtype: str = "auto"  # bf16 or fp32
-
-
-@dataclass
-class ScienceQA(Config):
-    """Table 1: answer a ScienceQA split and print the nine columns. Other commands: coco, mme, truthfulqa."""
+class ScienceQA(GenerationFlags):
+    """Table 1: answer a split of ScienceQA, print the nine columns. Other commands: coco, mme, truthfulqa."""
     data: str = "tiny/data"  # folder in ScienceQA's layout
     split: str = "test"  # a key of pid_splits.json
-    out: str = ""  # .jsonl that predictions go to as they come; if it exists, the run goes on from there
-    predictions: str = ""  # score this file {id: option index, or generated text} instead of running the model
-    stop_at_letter: bool = True  # stop an answer after "The answer is X.": the score is decided
+    out: str = ""  # .jsonl file for the predictions; if it exists, the run resumes from it
+    predictions: str = ""  # score this file instead of running the model: {id: option index, or text}
+    stop_at_letter: bool = True  # end an answer after "The answer is X.", which decides its score
 
 
 def scienceqa(cfg: ScienceQA) -> tuple[dict, str] | None:
-    """-> scores and their table, on the first process; so do the other commands"""
+    """The scores and their table on the first process, None on the others. So do the other commands."""
     if cfg.predictions:
         samples = prompts.read_scienceqa(cfg.data, cfg.split)[: cfg.limit or None]
-        replies = scores.match(cfg.predictions, scores.read_predictions(cfg.predictions), [s.id for s in samples],
-                               f"the {cfg.split} problems of {cfg.data}")
+        what = f"{cfg.split} problems of {cfg.data}"
+        answers = scores.predictions_for(cfg.predictions, [s.id for s in samples], what)
     else:
-        meta = read_meta(cfg)
-        samples = prompts.read_scienceqa(cfg.data, cfg.split, meta["format"], meta["captions"], meta["lavin"]["vision"])
-        samples = samples[: cfg.limit or None]
-        replies = generate(cfg, samples, cfg.out, meta, scores.ANSWER if cfg.stop_at_letter else None,
+        metadata = adapter_metadata(cfg)
+        samples = prompts.read_scienceqa(cfg.data, cfg.split, metadata["format"], metadata["captions"],
+                                         metadata["lavin"]["vision"])[: cfg.limit or None]
+        answers = generate(cfg, samples, cfg.out, metadata, scores.ANSWER if cfg.stop_at_letter else None,
                            command="scienceqa", data=cfg.data, split=cfg.split)
-    if replies is None:
+    if answers is None:
         return None
     if not samples:
-        raise ValueError(f"{cfg.data}: split {cfg.split} is empty")
-    result = scores.scienceqa(samples, replies)
-    note = "\n(here: the embedded small world; the paper's rows are ScienceQA)" * (cfg.data == ScienceQA.data)
-    return result, scores.scienceqa_table(result, paper=True) + note
+        raise ValueError(f"{cfg.data}: split {cfg.split} is empty; choose another --split")
+    result = scores.scienceqa(samples, answers, cfg.predictions or cfg.out)
+    table = scores.scienceqa_table(result, paper=True)
+    if cfg.data == ScienceQA.data:
+        table += "\n(here: the embedded small world; the paper's rows are about ScienceQA)"
+    return result, table
 
 
 @dataclass
-class COCO(Config):
-    """Table 4: caption COCO's Karpathy test split and print BLEU-4 and CIDEr (pip install pycocoevalcap; needs Java)."""
+class COCO(GenerationFlags):
+    """Table 4: caption COCO's Karpathy test split, print BLEU-4 and CIDEr. Needs pycocoevalcap and Java."""
     data: str = ""  # folder of dataset_coco.json and the pictures, or DIR:IMAGES
-    out: str = "out/coco.jsonl"  # captions go there as they come; if it exists, the run goes on from there
-    predictions: str = ""  # score these captions, {id: text} or COCO's [{image_id, caption}], instead of running the model
-    references: str = ""  # to score against: dataset_coco.json, or COCO's captions_*.json
-    max_new_tokens: int = 40  # longest caption
+    out: str = "out/coco.jsonl"  # .jsonl file for the captions; if it exists, the run resumes from it
+    predictions: str = ""  # score this file instead: {id: text}, or COCO's [{image_id, caption}]
+    references: str = ""  # what --predictions is scored against: dataset_coco.json, or COCO's captions_*.json
+    max_new_tokens: int = 40  # [0, inf) longest caption, in tokens; 0: as in training
 
 
 def coco(cfg: COCO) -> tuple[dict, str] | None:
     if bool(cfg.data) == bool(cfg.predictions) or bool(cfg.predictions) != bool(cfg.references):
-        raise ValueError("coco: give --data DIR to caption the test split, or --predictions FILE and --references FILE "
-                         "(dataset_coco.json, or COCO's captions_val2014.json) to score")
+        raise ValueError("coco: give --data DIR to caption the test split, or --predictions FILE and "
+                         "--references FILE (dataset_coco.json or captions_val2014.json) to score captions")
     if cfg.predictions:
-        captions = scores.read_predictions(cfg.predictions)
-        references = scores.read_references(cfg.references, captions)
-        captions = scores.match(cfg.predictions, captions, list(references), f"the pictures of {cfg.references}")
+        references = scores.read_references(cfg.references, scores.read_predictions(cfg.predictions))
+        what = f"pictures of {cfg.references}"
+        captions = scores.predictions_for(cfg.predictions, list(references), what)
     else:
         (source,) = prompts.mixture(f"coco:{cfg.data}")
         samples = prompts.read_coco(source.path, source.images, "test")[: cfg.limit or None]
         references = {s.id: s.problem["captions"] for s in samples}
         try:
             scores.caption_tools()
-        except ValueError as e:  # better known before the pictures are captioned than after
+        except ValueError as e:  # report it before the captioning, which takes long
             print(f"the captions will not be scored: {e}", file=sys.stderr)
             references = {}
-        captions = generate(cfg, samples, cfg.out, read_meta(cfg, pictures=True), command="coco", data=cfg.data)
+        metadata = adapter_metadata(cfg, needs_pictures=True)
+        captions = generate(cfg, samples, cfg.out, metadata, command="coco", data=cfg.data)
         if captions is None or not references:
             return None
-    result = scores.coco(captions, references)
+    result = scores.coco(captions, references, cfg.predictions or cfg.out)
     return result, scores.coco_table(result)
 
 
 @dataclass
-class MME(Config):
-    """Table 5, MME: answer the questions, write MME's own <task>.txt, and print the scores."""
-    data: str = ""  # folder with a folder for each task, as released
-    out: str = "out/mme"  # folder that the answers go to as they come, and <task>.txt in the end
-    results: str = ""  # score the <task>.txt of this folder instead of running the model
-    tasks: str = ""  # only these, separated by commas
-    max_new_tokens: int = 16  # longest reply: its first four characters count
+class MME(GenerationFlags):
+    """Table 5, MME: answer the questions, write MME's own <task>.txt files, and print the scores."""
+    data: str = ""  # the released folder, which has one folder per task
+    out: str = "out/mme"  # folder for the predictions and, at the end, the <task>.txt files
+    results: str = ""  # score the <task>.txt files in this folder instead of running the model
+    tasks: str = ""  # use only these tasks, separated by commas
+    max_new_tokens: int = 16  # [0, inf) longest reply, in tokens; its first four characters count
 
 
 def mme(cfg: MME) -> tuple[dict, str] | None:
     if bool(cfg.data) == bool(cfg.results):
-        raise ValueError("mme: give --data DIR to answer the questions, or --results DIR to score answers")
+        raise ValueError("mme: give --data DIR to answer the questions, or --results DIR to score replies")
     if cfg.data:
         tasks = cfg.tasks.split(",") if cfg.tasks else [*scores.PERCEPTION, *scores.COGNITION]
         for task in tasks:
             scores.check_task("--tasks", task)
-        samples = prompts.read_mme(cfg.data, tasks)[: 2 * cfg.limit or None]  # two questions a picture
-        replies = generate(cfg, samples, f"{cfg.out}/predictions.jsonl", read_meta(cfg, pictures=True),
-                           command="mme", data=cfg.data, tasks=cfg.tasks)
+        samples = benchmarks.read_mme(cfg.data, tasks)[: 2 * cfg.limit or None]  # two questions per picture
+        metadata, out = adapter_metadata(cfg, needs_pictures=True), f"{cfg.out}/predictions.jsonl"
+        replies = generate(cfg, samples, out, metadata, command="mme", data=cfg.data, tasks=cfg.tasks)
         if replies is None:
             return None
-        for task in tasks:
-            rows = [[s.problem[x] for x in ("picture", "question", "answer")] + [" ".join(replies[s.id].split())]
-                    for s in samples if s.problem["task"] == task]
-            if rows:
-                Path(cfg.out, f"{task}.txt").write_text("".join("\t".join(r) + "\n" for r in rows), encoding="utf-8")
+        scores.write_mme(cfg.out, samples, replies)
     result = scores.mme(cfg.results or cfg.out)
     return result, scores.mme_table(result)
 
 
 @dataclass
-class TruthfulQA:
-    """Table 5, TruthfulQA: how likely the model finds the given answers; prints MC1 and MC2."""
+class TruthfulQA(ModelFlags):
+    """Table 5, TruthfulQA: compute the log-probability of each given answer, and print MC1 and MC2."""
     data: str = ""  # mc_task.json
-    out: str = ""  # .jsonl that log-probabilities go to as they come; if it exists, the run goes on from there
-    predictions: str = ""  # score what --out wrote instead of running the model
-    adapters: str = "tiny/adapters.safetensors"  # what train.py wrote
-    llama: str = "tiny/llama"  # folder of LLaMA weights
-    clip: str = "tiny/clip"  # folder of CLIP weights
-    any_base: bool = False  # accept a base with another fingerprint than the one trained on
-    limit: int = 0  # only the first so many questions; 0: all
-    json: bool = False  # scores as one JSON line on stdout instead of the table
-    device: str = "auto"  # cuda, cpu, ...
-    dtype: str = "auto"  # bf16 or fp32
+    out: str = ""  # .jsonl file for the log-probabilities; if it exists, the run resumes from it
+    predictions: str = ""  # score this file, written by --out, instead of running the model
 
 
 def truthfulqa(cfg: TruthfulQA) -> tuple[dict, str] | None:
     if not cfg.data:
-        raise ValueError("truthfulqa: give --data FILE, TruthfulQA's mc_task.json")
-    samples = prompts.read_truthfulqa(cfg.data)[: cfg.limit or None]
-
+        raise ValueError("truthfulqa: give --data FILE, where FILE is TruthfulQA's mc_task.json")
+    samples = benchmarks.read_truthfulqa(cfg.data)[: cfg.limit or None]
     if cfg.predictions:
-        likely = scores.match(cfg.predictions, scores.read_predictions(cfg.predictions), [s.id for s in samples],
-                              f"the questions of {cfg.data}")
+        logp = scores.predictions_for(cfg.predictions, [s.id for s in samples], f"questions of {cfg.data}")
     else:
         from evaluation import answering
-        likely = answering.predict(cfg, samples, cfg.out, {"command": "truthfulqa", "data": cfg.data}, answering.weigh)
-    if likely is None:
+        run = {"command": "truthfulqa", "data": cfg.data}
+        logp = answering.predict(cfg, samples, cfg.out, run, answering.weigh)
+    if logp is None:
         return None
-    result = scores.truthfulqa(samples, likely)
+    result = scores.truthfulqa(samples, logp, cfg.predictions or cfg.out)
     return result, scores.truthfulqa_table(result)
 
 
@@ -218,11 +214,11 @@ def main() -> None:
     if cfg.data == ScienceQA.data and cli.processes()[0] == 0:
         from tiny import world
         world.ensure(cfg.data)
-    with cli.process_group("gloo", timeout=timedelta(days=1)):  # only predictions travel, at the end
-        done = command(cfg)
-        if done:
-            result, text = done
-            print(json.dumps(result) if cfg.json else text)
+    with cli.process_group("gloo", timeout=timedelta(days=1)):  # they wait for the slowest
+        scored = command(cfg)
+        if scored:
+            result, table = scored
+            print(json.dumps(result) if cfg.json else table)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Published files -> prompts and responses, and every mistake in such a file as one line that names the place."""
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 import prompts
 import published
+from evaluation import benchmarks, scores
 from prompts import build_prompt, build_response
 
 PROBLEM = {"question": "Which is  red?", "choices": ["sky", "a  rose"], "answer": 1, "hint": "Look.", "image": "image.png",
@@ -50,7 +52,12 @@ def test_captions_join_the_hint(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"answer": 2}, "problem 5: answer 2 does not fit its 2 choices"), ({"choices": ["x"], "answer": 0}, "problem 5: answer 0"),
     ({"question": None}, "problem 5: 'question' is missing or not str"), ({"answer": "B"}, "problem 5: 'answer'"),
-    ({"choices": "ab"}, "problem 5: 'choices'"), (None, "problem 5: 'question'")])
+    ({"choices": "ab"}, "problem 5: 'choices'"), (None, "problem 5: 'question'"),
+    ({"choices": ["sky", 3]}, "problem 5: 'choices' holds something that is not str"),
+    ({"answer": True}, "problem 5: 'answer' is missing or not int"), ({"answer": -1}, "problem 5: answer -1"),
+    ({"image": 3}, "problem 5: 'image' is missing or not"),
+    ({"grade": ""}, "problem 5: 'grade' is ''; expected grade1 to grade12"),
+    ({"grade": "gradeX"}, "problem 5: 'grade' is 'gradeX'"), ({"grade": "grade7 "}, "problem 5: 'grade' is 'gr")])
 def test_malformed_problem_is_named(tmp_path, change, message):
     write(tmp_path, {"5": change and {**PROBLEM, **change}}, {"train": ["5"]})
     with pytest.raises(ValueError, match=message):
@@ -193,7 +200,7 @@ def test_mixture_mistakes(spec, message):
 
 def test_mme_in_both_layouts(tmp_path):
     published.mme(tmp_path, {"existence": 2, "artwork": 3})
-    samples = prompts.read_mme(tmp_path, ["existence", "artwork", "OCR"])
+    samples = benchmarks.read_mme(tmp_path, ["existence", "artwork", "OCR"])
     prompts.check_pictures(samples)
     names = ["existence/0000.jpg", "existence/0001.png", "artwork/0000.jpg", "artwork/0001.png", "artwork/0002.jpg"]
     assert [s.id for s in samples] == [f"{name}:{line}" for name in names for line in (1, 2)]
@@ -201,19 +208,141 @@ def test_mme_in_both_layouts(tmp_path):
     assert [s.problem["answer"] for s in samples] == ["Yes", "No"] * 5
     (tmp_path / "artwork/questions_answers_YN/0001.txt").write_text("Is it?\tYes\nIs it not? No\n")
     with pytest.raises(ValueError, match="0001.txt:2: expected question<TAB>Yes or No"):
-        prompts.read_mme(tmp_path, ["artwork"])
+        benchmarks.read_mme(tmp_path, ["artwork"])
     with pytest.raises(FileNotFoundError, match="none of MME's folders"):
-        prompts.read_mme(tmp_path, ["OCR"])
+        benchmarks.read_mme(tmp_path, ["OCR"])
     (tmp_path / "existence/0000.jpg").unlink()
     with pytest.raises(ValueError, match="existence/0000.jpg: no such picture"):
-        prompts.check_pictures(prompts.read_mme(tmp_path, ["existence"]))
+        prompts.check_pictures(benchmarks.read_mme(tmp_path, ["existence"]))
 
 
 def test_truthfulqa(tmp_path):
-    sky, dog = prompts.read_truthfulqa(published.truthfulqa(tmp_path / "mc_task.json"))
+    sky, dog = benchmarks.read_truthfulqa(published.truthfulqa(tmp_path / "mc_task.json"))
     assert sky.prompt == "Instruction: What color is the sky?\nResponse:" and dog.id == "1"
     for change in ({"mc1_targets": {"x": 1, "y": 1, "z": 0}}, {"mc1_targets": {"x": 0}}, {"mc2_targets": {"x": 1}},
                    {"mc2_targets": []}):
         published.put(tmp_path / "bad.json", [{**dog.problem, **change}])
         with pytest.raises(ValueError, match="bad.json: record 0: 'mc"):
-            prompts.read_truthfulqa(tmp_path / "bad.json")
+            benchmarks.read_truthfulqa(tmp_path / "bad.json")
+
+
+# ---------------------------------------------------------------------------------------------------
+# hostile files
+
+OUTSIDE = ("../x.png", "a/../../x.png", "..", "/etc/x.png")
+
+
+def one_line(reader, *args, **kw) -> str:
+    with pytest.raises((ValueError, OSError)) as e:
+        reader(*args, **kw)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path, name):
+    refused = f"{name!r} leaves its folder; expected a relative path without .."
+    write(tmp_path, {"5": {**PROBLEM, "image": name}}, {"train": ["5"]})
+    assert f"problem 5: {refused}" in one_line(prompts.read_scienceqa, tmp_path, "train")
+    assert not prompts.read_scienceqa(tmp_path, "train", vision=False)[0].image
+    write(tmp_path, {name: PROBLEM}, {"train": [name]})
+    assert refused in one_line(prompts.read_scienceqa, tmp_path, "train")
+    published.put(tmp_path / "a.json", [{"instruction": "x", "output": "y", "image": name}])
+    assert f"a.json: record 0: {refused}" in one_line(prompts.read_instructions, tmp_path / "a.json")
+    turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+    published.put(tmp_path / "l.json", [{"image": name, "conversations": turns}])
+    assert f"l.json: record 0: {refused}" in one_line(prompts.read_llava, tmp_path / "l.json")
+    for names in ({"filepath": name, "filename": "x.png"}, {"filepath": "val2014", "filename": name},
+                  {"filename": name}):
+        published.put(tmp_path / "c.json", {"images": [{"split": "train", "sentences": [], **names}]})
+        assert f"c.json: image 0: {refused}" in one_line(prompts.read_coco, tmp_path / "c.json")
+
+
+def test_names_inside_and_symbolic_links_are_accepted(tmp_path):
+    published.picture(tmp_path / "elsewhere/cat.jpg")
+    published.picture(tmp_path / "data/sub/dog..jpg")
+    (tmp_path / "data/cat.jpg").symlink_to(tmp_path / "elsewhere/cat.jpg")
+    names = "cat.jpg", "sub/dog..jpg", "./cat.jpg"
+    rows = [{"instruction": "x", "output": "y", "image": name} for name in names]
+    published.put(tmp_path / "data/a.json", rows)
+    assert len(next(prompts.mixture(f"json:{tmp_path}/data/a.json")).read()) == 3
+
+
+def test_a_picture_must_be_a_file(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "broken.jpg").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name in ("folder.jpg", "broken.jpg", "pipe.jpg", "."):
+        published.put(tmp_path / "a.json", [{"instruction": "x", "output": "y", "image": name}])
+        assert "no such picture" in one_line(next(prompts.mixture(f"json:{tmp_path}/a.json")).read)
+
+
+READERS = {"problems.json": lambda folder: prompts.read_scienceqa(folder, "train"),
+           "pid_splits.json": lambda folder: prompts.read_scienceqa(folder, "train"),
+           "captions.json": lambda folder: prompts.read_scienceqa(folder, "train", captions=True),
+           "a.json": lambda folder: prompts.read_instructions(folder / "a.json"),
+           "a.jsonl": lambda folder: prompts.read_instructions(folder / "a.jsonl"),
+           "detail_23k.json": lambda folder: prompts.read_llava(folder / "detail_23k.json"),
+           "dataset_coco.json": lambda folder: prompts.read_coco(folder),
+           "mc_task.json": lambda folder: benchmarks.read_truthfulqa(folder / "mc_task.json"),
+           "p.json": lambda folder: scores.read_predictions(folder / "p.json"),
+           "p.jsonl": lambda folder: scores.read_predictions(folder / "p.jsonl"),
+           "references.json": lambda folder: scores.read_references(folder / "references.json", ["1"])}
+
+
+NOT_JSON = (b"", b"[", b"\xff\xfe", b'["\xe9"]', b'{"5": "\\ud800"}', b'["\\uDC00x"]', b"[" * 10 ** 5,
+            b'{"a":' * 10 ** 5, b"[" + b"9" * 5000 + b"]")
+WRONG_LISTS = (b"3", b'"text"', b"null", b"[[]]", b"[null]")
+WRONG_DICTS = (b'{"5": 3}', b'{"train": 3}', b'{"annotations": 3}', b'{"images": [3]}', b'{"captions": []}')
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_broken_json_is_named(tmp_path, name):
+    write(tmp_path, {"5": PROBLEM}, {"train": ["5"]})
+    wrong = WRONG_LISTS + WRONG_DICTS
+    if name == "p.json":
+        wrong = WRONG_LISTS  # any dict will do, until it is scored
+    for content in NOT_JSON + wrong:
+        (tmp_path / name).write_bytes(content)
+        assert name in one_line(READERS[name], tmp_path), content[:100]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_or_a_folder_is_no_file(tmp_path, name):
+    write(tmp_path, {"5": PROBLEM}, {"train": ["5"]})
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert f"{name}: no such file; expected" in one_line(READERS[name], tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    if name not in ("dataset_coco.json", "detail_23k.json"):  # their readers take a folder, too
+        assert f"{name}: no such file; expected" in one_line(READERS[name], tmp_path)
+
+
+NO_CAPTIONS = {"captions": {}}
+
+
+@pytest.mark.parametrize("splits, captions, message", [
+    ([], NO_CAPTIONS, "pid_splits.json: holds list, expected a dict"),
+    ({"train": "5"}, NO_CAPTIONS, "pid_splits.json: 'train' is missing or not list"),
+    ({"train": [["5"]]}, NO_CAPTIONS, "problem ['5'] of split train is missing"),
+    ({"train": ["5"]}, [], "captions.json: 'captions' is missing or not dict"),
+    ({"train": ["5"]}, {"captions": ["x"]}, "captions.json: 'captions' is missing or not dict"),
+    ({"train": ["5"]}, {"captions": {"5": 3}}, "captions.json: '5' is missing or not str")])
+def test_wrong_types_around_the_problems(tmp_path, splits, captions, message):
+    write(tmp_path, {"5": PROBLEM}, splits)
+    published.put(tmp_path / "captions.json", captions)
+    assert message in one_line(prompts.read_scienceqa, tmp_path, "train", captions=True)
+
+
+def test_escaped_pairs_and_a_byte_order_mark_are_text(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"instruction": "smile", "output": "\\ud83d\\ude00"}]')
+    assert prompts.read_instructions(tmp_path / "a.json")[0].response == "\U0001f600"
+
+
+@pytest.mark.parametrize("labels", [
+    {"x": [1], "y": 0}, {"x": 1, "y": 2, "z": 0}, {"x": "1", "y": 0}, {"x": None, "y": 1}])
+def test_wrong_labels_of_truthfulqa(tmp_path, labels):
+    record = {"question": "Q?", "mc1_targets": labels, "mc2_targets": {"x": 1, "y": 0}}
+    told = one_line(benchmarks.read_truthfulqa, published.put(tmp_path / "m.json", [record]))
+    assert "m.json: record 0: 'mc1_targets' needs" in told

@@ -147,11 +147,14 @@ def test_predictions_must_fit_the_problems(score, tmp_path):
 
     good = {str(i): 0 for i in range(1, 7)}
     the = f"the test problems of {folder}"
-    assert message({**good, "99": 0}).endswith(f"p.json: predictions for ids that are not among {the}: 99")
+    assert message({**good, "99": 0}).endswith(f"p.json: predictions for ids not among {the}: 99")
     assert message({"1": 0}).endswith(f"p.json: no predictions for some of {the}: 2, 3, 4 and 2 more")
-    assert "prediction for problem 2 is 0.5; expected an option's index or a generated text" in message({**good, "2": 0.5})
-    assert "prediction for problem 2 is True" in message({**good, "2": True})
-    assert "holds int; expected predictions" in message(3) and "record 0: 'caption'" in message([3])
+    for wrong in (0.5, True, [0], {"a": 0}):
+        told = message({**good, "2": wrong})
+        assert told.endswith(f"p.json: the prediction for 2 is {wrong}; expected an option index or a text")
+    assert len(message({**good, "2": ["x" * 10 ** 5]})) < 300
+    assert "holds int, expected a list | dict; predictions" in message(3)
+    assert "record 0: 'caption'" in message([3])
     assert "split val is empty" in message({}, "--split", "val")
     assert "no split 'dev'; it has test, val" in message({}, "--split", "dev")
     none = fails(score, "scienceqa", "--data", folder, "--predictions", "none.json")
@@ -248,9 +251,11 @@ def test_captions_must_fit_the_pictures(score, tmp_path):
         published.put(tmp_path / "p.json", captions)
         return fails(score, "coco", "--predictions", tmp_path / "p.json", *(argv or ("--references", references)))
 
-    assert "ids that are not among the pictures of" in message({**CAPTIONS, "1": "x"})
+    assert "ids not among the pictures of" in message({**CAPTIONS, "1": "x"})
     assert "no predictions for some of the pictures" in message({"7": "x"})
-    assert "caption of 8 is 3; expected text" in message({**CAPTIONS, "8": 3})
+    assert "p.json: the prediction for 8 is 3; expected a text" in message({**CAPTIONS, "8": 3})
+    for row in ({"caption": "x"}, {"caption": "x", "image_id": None}, {"caption": "x", "image_id": [7]}):
+        assert "p.json: record 0: 'image_id' is missing or not str | int" in message([row])
     for argv in ((), ("--predictions", "p.json"), ("--data", "x", "--references", "y"),
                  ("--data", "x", "--predictions", "p.json")):
         assert "give --data DIR to caption the test split, or --predictions FILE and --references" in fails(score, "coco", *argv)
@@ -270,6 +275,29 @@ def test_missing_java_is_told(score, tmp_path, monkeypatch):
     published.put(tmp_path / "p.json", CAPTIONS)
     argv = ("--predictions", tmp_path / "p.json", "--references", karpathy(tmp_path))
     assert "no `java` on the PATH" in fails(score, "coco", *argv)
+
+
+@pytest.mark.parametrize("annotations, message", [
+    ("none", "'annotations' is missing or not list"), ([3], "annotation 0: 'caption' is missing or not str"),
+    ([{"caption": "x"}], "annotation 0: 'image_id' is missing or not str | int"),
+    ([{"caption": "x", "image_id": 1.5}], "annotation 0: 'image_id' is missing or not str | int")])
+def test_malformed_references_are_named(score, tmp_path, annotations, message):
+    published.put(tmp_path / "p.json", CAPTIONS)
+    references = published.put(tmp_path / "r.json", {"annotations": annotations})
+    argv = "coco", "--predictions", tmp_path / "p.json", "--references", references
+    assert f"r.json: {message}" in fails(score, *argv)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("3", "'id' is missing"), ('"run"', "'id' is missing"), ('{"prediction": "x"}', "'id' is missing"),
+    ('{"id": 1, "prediction": "x"}', "'id' is missing or not str"), ('{"id": "1"}', "'prediction' is missing"),
+    ('{"id": "1", "prediction": true}', "'prediction' is missing or not str | int | dict"),
+    ('{"id": "1", "prediction": "x\\ud800"}', "not valid JSON"), ("[" * 10 ** 5, "not valid JSON")])
+def test_malformed_lines_of_predictions_are_named(tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_text('{"run": {}}\n' + line + "\n")
+    with pytest.raises(ValueError) as e:
+        scores.read_predictions(tmp_path / "p.jsonl")
+    assert f"p.jsonl:2: {message}" in str(e.value) and "\n" not in str(e.value)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -317,7 +345,7 @@ def test_a_perfect_mme_is_2000_and_800(score, tmp_path):
     ("celebrities", "", "celebrities.txt: unknown MME task 'celebrities'; did you mean celebrity? known: existence"),
     ("OCR", "a.jpg\tq\tYes\tNo\na.jpg\tq\tYes\n", "OCR.txt:2: 2 tabs, expected picture<TAB>question<TAB>Yes|No<TAB>reply"),
     ("OCR", "a.jpg\tq\tTrue\tNo\n", "OCR.txt:1: the right answer is 'True', expected Yes or No"),
-    ("OCR", "a.jpg\tq\tYes\tNo\n", "OCR.txt: 1 replies about a.jpg, expected 2; is the run finished?"),
+    ("OCR", "a.jpg\tq\tYes\tNo\n", "OCR.txt: 1 replies for a.jpg, expected 2; is the run finished?"),
     ("OCR", "\n", "OCR.txt: empty")])
 def test_mme_mistakes(score, tmp_path, task, text, message):
     (tmp_path / f"{task}.txt").write_text(text)
@@ -347,6 +375,12 @@ def test_mc1_and_mc2_by_hand(score, tmp_path):
     assert "LaVIN (paper)" in table and "47.9" in table and "here, MC1" in table
     del logs["1"]["Six"]
     argv = ("truthfulqa", "--data", file, "--predictions", published.put(tmp_path / "p.json", logs))
-    assert fails(score, *argv) == "question 1: no log-probability for the answer 'Six'"
+    assert fails(score, *argv).endswith("p.json: question 1: no finite log-probability for 'Six'")
+    for wrong in (math.nan, math.inf, True, "-3", None, 10 ** 400):
+        logs["1"]["Six"] = wrong
+        published.put(tmp_path / "p.json", logs)
+        assert "question 1: no finite log-probability for 'Six'" in fails(score, *argv)
+    published.put(tmp_path / "p.json", {**logs, "1": "x"})
+    assert "p.json: the prediction for 1 is 'x'; expected {answer: log-probability}" in fails(score, *argv)
     assert "no predictions for some of the questions" in fails(score, *argv[:-1], published.put(tmp_path / "p.json", {"0": {}}))
     assert "give --data FILE" in fails(score, "truthfulqa")
