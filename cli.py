@@ -13,6 +13,7 @@ import difflib
 import inspect
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -86,22 +87,23 @@ def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] 
 
 
 def run(main) -> None:
-    """Call main(). A user's mistake (ValueError, OSError) becomes one line on stderr and exit status 1."""
+    """Call main(). A user's mistake (ValueError, OSError) becomes one line on stderr and exit status 1.
+
+    Ctrl-C ends with status 130 and SIGTERM with 143, as shells expect.
+    """
+    def terminated(*_):
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as e:
         if os.environ.get("LAVIN_TRACEBACK"):  # set it to see where the error came from
             raise
         sys.exit(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).splitlines())}")
-
-
-def at_least(cfg, **bounds: float) -> None:
-    """Raise ValueError if a flag is below its bound. (New flags declare their range instead.)"""
-    for flag, least in bounds.items():
-        if getattr(cfg, flag) < least:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)}: at least {least} is needed")
 
 
 def pick_device(device: str, dtype: str) -> tuple:
@@ -114,8 +116,8 @@ def pick_device(device: str, dtype: str) -> tuple:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=chosen).item()  # fails without such a device, and on "meta"
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {device}: not usable here; try cpu") from None
     return chosen, dtypes.get(dtype, torch.bfloat16 if chosen.type == "cuda" else torch.float32)
 

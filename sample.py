@@ -41,10 +41,10 @@ class Config:
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
     any_base: bool = False  # accept another base than the one the adapters were trained on
-    max_new_tokens: int = 0  # longest answer; 0: as trained
-    temperature: float = 0.1  # 0: greedy
-    top_p: float = 0.75  # nucleus
-    seed: int = 0  # of the sampling
+    max_new_tokens: int = 0  # [0, inf) longest answer; 0: as trained
+    temperature: float = 0.1  # [0, inf) 0: greedy
+    top_p: float = 0.75  # (0, 1] nucleus
+    seed: int = 0  # [0, inf) of the sampling
     compile: bool = False  # compile the decoding step: 10 s to a minute, then faster tokens; needs g++
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # bf16 or fp32

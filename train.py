@@ -46,37 +46,37 @@ class Config:
     vision: bool = True  # no-vision: text only, without image encoder
     vit_adapters: bool = True  # adapters in the image encoder too ("joint optimisation")
     adapter: str = "mm"  # in LLaMA: mm (with router) or rep (plain RepAdapter)
-    adapter_dim: int = 8  # adapter width r
-    scale: float = 1.0  # s of Eq. (2)
-    tau: float = 10.0  # router temperature; the paper: 10 for 7B, 5 for 13B
-    dropout: float = 0.0  # inside the adapters
+    adapter_dim: int = 8  # [2, inf) adapter width r
+    scale: float = 1.0  # (0, inf) s of Eq. (2)
+    tau: float = 10.0  # (0, inf) router temperature; the paper: 10 for 7B, 5 for 13B
+    dropout: float = 0.0  # [0, 1) inside the adapters
     normalize: str = "clip"  # mean and std of the images: imagenet or clip
     # data
     format: str = "QCM-EA"  # prompt and response, see prompts.py
     captions: bool = False  # append captions.json to the hints
-    max_len: int = 192  # longest sequence in tokens; longer ones are cut
+    max_len: int = 192  # [2, inf) longest sequence in tokens; longer ones are cut
     # optimisation
-    epochs: float = 1.0  # passes over the train split
-    warmup: float = 0.06  # epochs of linear warm-up
-    batch_size: int = 32  # samples per optimizer step, over all ranks and accumulation steps
-    micro_batch: int = 32  # samples per forward pass
-    lr: float = 0.048  # base learning rate; the rate used is lr x batch_size / 256
-    weight_decay: float = 0.02  # on matrices only
-    beta2: float = 0.95  # of AdamW; beta1 is 0.9
-    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping, as in the paper
-    seed: int = 0  # of initial adapters, data order and dropout
-    steps: int = 0  # stop after this many steps in all; 0: after the last epoch
+    epochs: float = 1.0  # [0, inf) passes over the train split
+    warmup: float = 0.06  # [0, inf) epochs of linear warm-up
+    batch_size: int = 32  # [1, inf) samples per optimizer step, over all ranks and accumulation steps
+    micro_batch: int = 32  # [1, inf) samples per forward pass
+    lr: float = 0.048  # [0, inf) base learning rate; the rate used is lr x batch_size / 256
+    weight_decay: float = 0.02  # [0, inf) on matrices only
+    beta2: float = 0.95  # [0, 1) of AdamW; beta1 is 0.9
+    clip_grad: float = 0.0  # [0, inf) largest gradient norm; 0: no clipping, as in the paper
+    seed: int = 0  # [0, inf) of initial adapters, data order and dropout
+    steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
     dry_run: bool = False  # print memory and time instead of training; --llama and --clip may be names: 7B, ViT-L/14
     checkpoint: bool = False  # keep only the input of each LLaMA block: a fifth of the activations, 1.4 x the work
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
-    workers: int = -1  # processes that decode images; -1: 4 with a GPU, none on a CPU
-    log_every: int = 10  # steps between log lines
-    save_every: int = 100  # steps between checkpoints
+    workers: int = -1  # [-1, inf) processes that decode images; -1: 4 with a GPU, none on a CPU
+    log_every: int = 10  # [1, inf) steps between log lines
+    save_every: int = 100  # [1, inf) steps between checkpoints
     # evaluation
     split: str = "test"  # split answered after training; "": none
-    max_new_tokens: int = 40  # longest answer
+    max_new_tokens: int = 40  # [1, inf) longest answer
 
 
 PAPER = dict(format="QCM-ALE", normalize="imagenet", epochs=20.0, warmup=2.0, micro_batch=4, lr=9e-3, dropout=0.1,
@@ -278,8 +278,6 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
 def main() -> None:
     cfg = cli.parse(Config, RECIPES)
-    cli.at_least(cfg, batch_size=1, micro_batch=1, log_every=1, save_every=1, epochs=0, warmup=0, lr=0, steps=0,
-                 max_new_tokens=1)
     if cfg.dry_run:
         from speed import price
         print(price.quote(cfg))

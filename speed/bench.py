@@ -49,15 +49,15 @@ PRESETS = {
 class Config:
     """python -m speed.bench train|decode|memory: measure, and compare with what was predicted."""
     preset: str = "small"  # sizes: tiny, small (7B with an eighth of the width), 7B, 13B
-    layers: int = 0  # keep only so many LLaMA layers, so that a large width fits; 0: all
-    batch_size: int = 32  # train: samples of a step
-    micro_batch: int = 4  # train, memory: samples of one forward
-    burn_in: int = 2  # steps or answers before the clock runs
-    steps: int = 5  # steps or answers timed; the median counts
-    new_tokens: int = 64  # decode: length of an answer
+    layers: int = 0  # [0, inf) keep only so many LLaMA layers, so that a large width fits; 0: all
+    batch_size: int = 32  # [1, inf) train: samples of a step
+    micro_batch: int = 4  # [1, inf) train, memory: samples of one forward
+    burn_in: int = 2  # [0, inf) steps or answers before the clock runs
+    steps: int = 5  # [1, inf) steps or answers timed; the median counts
+    new_tokens: int = 64  # [2, inf) decode: length of an answer
     vs: str = ""  # hf = Hugging Face in turn with us; train: with PEFT's LoRA, text only; decode: the folded weights
     compile: bool = False  # decode: the compiled step too; needs g++
-    seed: int = 0  # of weights, lengths and tokens
+    seed: int = 0  # [0, inf) of weights, lengths and tokens
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # of the frozen base: bf16 or fp32
 
@@ -329,7 +329,6 @@ def main() -> None:
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
     cfg = cli.parse(Config, argv=flags)
-    cli.at_least(cfg, batch_size=1, micro_batch=1, burn_in=0, steps=1, layers=0, new_tokens=2)
     if cfg.vs not in ("", "hf"):
         raise ValueError(f"unknown --vs {cfg.vs!r}; known: hf")
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)

@@ -83,11 +83,11 @@ def test_batches_mix_text_and_pictures_at_random(world):
     for source in prompts.mixture(f"alpaca:{world}/alpaca_data.json,coco:{world}/coco,scienceqa:{world}/s"):
         examples += data.encode_all(source.read(), tokenizer, 6, 200)[0]
     steps = data.Steps(examples, 8, 8, 0, 1, 0, 64, "clip")
-    assert 18 <= sum(e.n_slots > 0 for e in examples) <= len(examples) - 18
-    batches = [[examples[i].n_slots > 0 for i in steps.chosen(k)] for k in range(4 * steps.per_epoch)]
+    assert 18 <= sum(e.n_image > 0 for e in examples) <= len(examples) - 18
+    batches = [[examples[i].n_image > 0 for i in steps.chosen(k)] for k in range(4 * steps.per_epoch)]
     assert np.mean([len(set(pictures)) == 2 for pictures in batches if len(pictures) == 8]) > 0.9
     batch, = steps[0][0]
-    assert set(batch.modality[0].tolist()) == {0, 1} and len(batch.shows) == sum(batches[0])
+    assert set(batch.modality) == {0, 1} and len(batch.image_index) == sum(batches[0])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -187,10 +187,11 @@ def test_a_complete_row_ends_and_no_other_changes():
     ends = [next(i for i in range(12) if complete(ids[: i + 1])) + 1 for ids in whole]
     assert len(set(ends)) > 1 and min(ends) < 9
     steps = []
-    model.llama.register_forward_hook(lambda *_: steps.append(1))
-    seen = list(model.stream(batch, 12, eos=-1, temperature=0.0, complete=complete))
-    assert len(seen) == len(steps) == max(ends)  # and not one step more
-    assert [[row[b] for row in seen if row[b] is not None] for b in range(4)] == [ids[:n] for ids, n in zip(whole, ends)]
+    decode = model.decode
+    model.decode = lambda *args: steps.append(1) or decode(*args)
+    answers = answering.generate(model, batch, 12, -1, complete, temperature=0.0)
+    assert len(steps) == max(ends) - 1  # one step per token after the first, and not one more
+    assert answers == [ids[:n] for ids, n in zip(whole, ends)]
 
 
 def test_stopping_at_the_letter_changes_no_score(world, folded):

@@ -7,6 +7,7 @@ from PIL import Image
 
 import cli
 import sample
+from speed import machine
 from conftest import ROOT
 
 
@@ -32,10 +33,11 @@ def test_bandwidth_is_told_of_the_tokens_after_the_first(ask, monkeypatch):
     ticks = iter(range(10 ** 6))
     err = ask("--max_new_tokens", 1)[1]
     assert "[1 tokens in" in err and "GB/s" not in err
-    monkeypatch.setattr(sample, "bandwidth", lambda device, tries: (1e7, 2e7))
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: float(next(ticks)))  # a second a token
+    monkeypatch.setattr(machine, "bandwidth", lambda device, tries: (1e7, 2e7))
+    monkeypatch.setattr(machine.Meter, "limits", {})
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(ticks)))  # a second a token
     err = ask()[1]
-    assert "after the first, 0.00 GB/s of weights and cache, 20% of the memory's" in err  # 4.2 MB of 20
+    assert "after the first token 0.00 GB/s of weights and cache, 20% of the memory bandwidth" in err  # 4.2 MB of 20
 
 
 def test_text_with_and_without_options(ask):
@@ -57,15 +59,15 @@ def test_chat_keeps_picture_and_history(ask, monkeypatch):
     monkeypatch.setattr(sample.Conversation, "example", lambda *a: seen.append(example(*a)) or seen[-1])
     out, _ = ask("--chat", "--image", "tiny/demo.png", stdin="What color is the circle?\nSeen from the circle, where is the square?\n\n")
     first, second = seen
-    assert first.n_slots == second.n_slots == 6 and second.ids[:len(first.ids)] == first.ids
-    answered = second.ids[len(first.ids):]
+    assert first.n_image == second.n_image == 6 and second.rest[:len(first.rest)] == first.rest
+    answered = second.rest[len(first.rest):]
     assert out.splitlines()[0].endswith(" The circle is red.") and len(answered) > 10 and 2 in answered  # its EOS
     assert len(out.splitlines()) == 2
 
 
 def test_chat_looks_at_a_picture_once(ask, monkeypatch):
-    looked, look = [], sample.lavin.LaVIN.look
-    monkeypatch.setattr(sample.lavin.LaVIN, "look", lambda *a: looked.append(1) or look(*a))
+    looked, look = [], sample.lavin.LaVIN.encode_images
+    monkeypatch.setattr(sample.lavin.LaVIN, "encode_images", lambda *a: looked.append(1) or look(*a))
     questions = "What color is the circle?\n" * 3
     out, _ = ask("--chat", "--image", "tiny/demo.png", stdin=f"{questions}/reset\n{questions}/image tiny/demo.png\n{questions}")
     lines = out.splitlines()
@@ -78,7 +80,7 @@ def test_chat_commands(ask, tmp_path):
                    "/jump\n/reset\n/image tiny/demo.png\nWhat color is the circle?\n")
     assert out.splitlines()[0].startswith("The capital of France is Paris.")
     assert out.splitlines()[1].endswith(" The circle is red.")
-    assert "none.png: no such picture" in err and "unknown command /jump; known: /image PATH, /reset" in err
+    assert "none.png: no such image file" in err and "unknown command /jump; known: /image PATH, /reset" in err
 
 
 def test_a_question_too_long_costs_no_turn(ask):
@@ -91,7 +93,7 @@ def test_chat_forgets_the_oldest_turns_when_the_context_is_full(ask):
     question = "What is the opposite of hot? (A) wet (B) old (C) cold"
     out, err = ask("--chat", stdin=(question + "\n") * 14)
     assert len(out.splitlines()) == 14 and out.splitlines()[0] == "The opposite of hot is cold. The answer is C."
-    assert "of the oldest turns forgotten" in err
+    assert "oldest turns are forgotten" in err
 
 
 def test_ctrl_c_stops_the_answer_not_the_chat(ask, monkeypatch):
@@ -130,13 +132,13 @@ def test_mistakes_are_one_line(ask, tmp_path):
         assert "\n" not in text and text not in ("0", "None")
         return text
 
-    assert "none.png: no such picture" in message("--image", tmp_path / "none.png", "--prompt", "What?")
-    assert "broken.png: not a readable picture" in message("--image", tmp_path / "broken.png", "--prompt", "What?")
-    assert "text.jpg: not a readable picture" in message("--image", tmp_path / "text.jpg", "--prompt", "What?")
+    assert "none.png: no such image file" in message("--image", tmp_path / "none.png", "--prompt", "What?")
+    assert "broken.png: not a readable image" in message("--image", tmp_path / "broken.png", "--prompt", "What?")
+    assert "text.jpg: not a readable image" in message("--image", tmp_path / "text.jpg", "--prompt", "What?")
     assert "the prompt is empty" in message("--prompt", "  ")
     assert "the prompt is empty" in message("--image", "tiny/demo.png")
     assert "context holds" in message("--prompt", "What color is the circle? " * 100)
     assert "no such adapter file" in message("--prompt", "What?", "--adapters", tmp_path / "none.safetensors")
-    assert "not LaVIN adapters" in message("--prompt", "What?", "--adapters", "tiny/llama/model.safetensors")
+    assert "without LaVIN adapters" in message("--prompt", "What?", "--adapters", "tiny/llama/model.safetensors")
     assert "no such folder of LLaMA weights" in message("--prompt", "What?", "--llama", tmp_path)
     assert message("--promt", "What?") == "2"

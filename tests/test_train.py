@@ -162,7 +162,7 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
     assert "known: mm, rep" in message(adapter="nonesuch")
     assert "known: auto, fp32, bf16" in message(dtype="int3")
     assert "nothing to resume from" in message("--resume")
-    assert "--micro_batch 0: at least 1" in message(micro_batch=0)
+    assert message(micro_batch=0) == "2" and "--micro_batch 0: expected a number of at least 1" in capsys.readouterr().err
     assert "adapter width 7: expected an even number" in message(adapter_dim=7)
     assert "more than this LLaMA's context" in message(max_len=10 ** 6)
     assert "no sample of the train split" in message(max_len=2)
@@ -173,10 +173,10 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
     assert fails(monkeypatch, ["--batch_size", "many"]) == "2" and "invalid int value" in capsys.readouterr().err
     run(monkeypatch, flags(small_world, tmp_path / "r", steps=1))
     text = fails(monkeypatch, [*flags(small_world, tmp_path / "r", lr=0.5), "--resume"])
-    assert "the checkpoint was trained with --lr 0.048, not 0.5" in text
+    assert "--resume continues a run with lr 0.048, not 0.5" in text
     world.write(tmp_path / "other", seed=6, sizes={"test": 8, "val": 4, "train": 40})
     text = fails(monkeypatch, [*flags(tmp_path / "other", tmp_path / "r"), "--resume"])
-    assert "the checkpoint was trained with samples 48, not 40" in text
+    assert "--resume continues a run with samples 48, not 40" in text
     (tmp_path / "r/checkpoint.pt").write_bytes(b"not a checkpoint")
     assert "not a readable checkpoint" in fails(monkeypatch, [*flags(small_world, tmp_path / "r"), "--resume"])
 
@@ -223,4 +223,4 @@ def test_help_shows_defaults_and_comments(capsys):
     text = capsys.readouterr().out
     for f in dataclasses.fields(train.Config):
         assert f"--{f.name}" in text
-    assert "base rate: the rate used is lr x batch_size / 256" in " ".join(text.split())
+    assert "base learning rate; the rate used is lr x batch_size / 256" in " ".join(text.split())

@@ -427,9 +427,9 @@ def test_adapters_and_base_must_fit(tmp_path):
     fails(lambda: lavin.load(path, other, clip), "a.safetensors: trained on another base", "--any_base")
     lavin.load(path, other, clip, any_base=True)
     wide = write_hf(tmp_path / "wide", make_llama(dataclasses.replace(LLAMA, dim=64)))
-    fails(lambda: lavin.load(path, wide, clip), "a.safetensors: for a LLaMA of (width, layers) (32, 3)", "(64, 3)", "--llama")
+    fails(lambda: lavin.load(path, wide, clip), "a.safetensors: trained on a LLaMA of (width, layers) (32, 3)", "(64, 3)", "--llama")
     # neither passes for the other
-    fails(lambda: lavin.load(llama / "model.safetensors", llama, clip), "not LaVIN adapters")
+    fails(lambda: lavin.load(llama / "model.safetensors", llama, clip), "without LaVIN adapters")
     fails(lambda: lavin.load(path, path, clip), "a.safetensors: no such folder of LLaMA weights")
     (tmp_path / "adapters").mkdir()
     shutil.copyfile(path, tmp_path / "adapters" / "model.safetensors")
@@ -449,7 +449,7 @@ def test_tokenizer_of_a_folder(tmp_path):
     shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.model")
     assert Tokenizer.from_pretrained(tmp_path / "7B", tokenizer.vocab_size).encode("a b") == tokenizer.encode("a b")
     fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 32000), f"tokenizer.model: {tokenizer.vocab_size} pieces, but the "
-          "LLaMA has embeddings for 32000", "tokenizer.model of this LLaMA")
+          "LLaMA has 32000 embeddings", "the tokenizer.model that came with this LLaMA")
 
 
 @needs_real
