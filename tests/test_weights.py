@@ -19,12 +19,12 @@ import cli
 import lavin
 import make_random_7b
 import sample
-from official import tensorfiles
 import weights
 from clip import CLIPConfig, VisionTransformer
 from conftest import LLAMA, ROOT, ROWS, close, make_batch, make_lavin, randomize
 from lavin import LaVIN
 from llama import LLaMA, LLaMAConfig, Tokenizer
+from official import clip_layouts, llama_layouts, tensorfiles
 from weights_on_disk import released_state, write_meta, write_openai
 
 TOKENIZER = ROOT / "tiny" / "llama" / "tokenizer.model"
@@ -45,12 +45,12 @@ def make_vit() -> VisionTransformer:
     return model
 
 
-def lazy(model) -> weights.Tensors:
+def lazy(model) -> tensorfiles.Tensors:
     return {n: tensorfiles.Lazy(tuple(p.shape), p.dtype, lambda p=p: p.detach()) for n, p in model.named_parameters()}
 
 
 def write_hf(folder: Path, model, **how) -> Path:
-    to_hf = weights.llama_to_hf if isinstance(model, LLaMA) else weights.clip_to_hf
+    to_hf = llama_layouts.to_hf if isinstance(model, LLaMA) else clip_layouts.to_hf
     tensorfiles.write_folder(folder, *to_hf(dataclasses.asdict(model.cfg), lazy(model)), **how)
     if isinstance(model, LLaMA):
         shutil.copyfile(TOKENIZER, folder / "tokenizer.model")
@@ -252,22 +252,23 @@ def test_the_wrong_folder(tmp_path):
     fails(lambda: LLaMA.from_pretrained(tmp_path / "none"), "none: no such folder of LLaMA weights")
     fails(lambda: LLaMA.from_pretrained(llama / "model.safetensors"), "model.safetensors: no such folder")
     (tmp_path / "empty").mkdir()
-    fails(lambda: LLaMA.from_pretrained(tmp_path / "empty"), "no such folder of LLaMA weights; expected config.json", "params.json", "ViT-L-14.pt")
+    fails(lambda: LLaMA.from_pretrained(tmp_path / "empty"), "no such folder of LLaMA weights; expected config.json", "params.json",
+          "ViT-L-14.pt")
     torch.save({"logit_scale": torch.ones(())}, tmp_path / "text.pt")
     fails(lambda: VisionTransformer.from_pretrained(tmp_path / "text.pt"), "text.pt: no vision transformer in it")
 
     # one layout's files under the other's names
     (meta / "params.json").rename(meta / "away")
-    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is Meta's layout; put the params.json")
+    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is in Meta's layout, but params.json is missing")
     shutil.copyfile(llama / "config.json", meta / "config.json")
-    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is Meta's layout; put the params.json")
+    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is in Meta's layout, but params.json is missing")
     (meta / "consolidated.00.pth").rename(meta / "pytorch_model.bin")
-    fails(lambda: LLaMA.from_pretrained(meta), "the tensors are in Meta's layout, config.json is Hugging Face's", "consolidated.00.pth")
+    fails(lambda: LLaMA.from_pretrained(meta), "the tensors have Meta's names, config.json is Hugging Face's", "consolidated.00.pth")
     (llama / "config.json").rename(llama / "params.json")
-    fails(lambda: LLaMA.from_pretrained(llama), "model.safetensors is Hugging Face's layout; put the config.json")
+    fails(lambda: LLaMA.from_pretrained(llama), "model.safetensors is in Hugging Face's layout, but config.json is missing")
     shutil.copyfile(meta / "away", llama / "params.json")
     torch.save(load_file(llama / "model.safetensors"), llama / "consolidated.00.pth")
-    fails(lambda: LLaMA.from_pretrained(llama), "not in Meta's layout as params.json says", "config.json")
+    fails(lambda: LLaMA.from_pretrained(llama), "so it is not in Meta's layout", "config.json")
 
 
 @pytest.mark.parametrize("change,message", [
@@ -408,7 +409,7 @@ def test_released_adapters_that_are_not(tmp_path):
           "unexpected layers.1.adapter_attn.conv_E.weight")
     fails(lambda: weights.read_adapters(tmp_path / "none.pth"), "none.pth: no such adapter file")
     make_lavin(kind="rep").save(tmp_path / "rep.safetensors", format="QCM-A", captions=False)
-    fails(lambda: weights.export_adapters(tmp_path / "rep.safetensors", tmp_path / "rep.pth"), "rep.safetensors: text-only or plain")
+    fails(lambda: weights.export_adapters(tmp_path / "rep.safetensors", tmp_path / "rep.pth"), "rep.safetensors: text-only adapters or plain")
     assert not (tmp_path / "rep.pth").exists()
 
 
@@ -433,7 +434,7 @@ def test_adapters_and_base_must_fit(tmp_path):
     fails(lambda: lavin.load(path, path, clip), "a.safetensors: no such folder of LLaMA weights")
     (tmp_path / "adapters").mkdir()
     shutil.copyfile(path, tmp_path / "adapters" / "model.safetensors")
-    fails(lambda: lavin.load(path, tmp_path / "adapters", clip), "put the config.json")
+    fails(lambda: lavin.load(path, tmp_path / "adapters", clip), "config.json is missing")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -445,7 +446,7 @@ needs_real = pytest.mark.skipif(not REAL.is_file(), reason="LLaMA's tokenizer is
 def test_tokenizer_of_a_folder(tmp_path):
     tokenizer = Tokenizer(TOKENIZER)
     (tmp_path / "7B").mkdir()
-    fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 61), "7B/tokenizer.model: not there, nor one folder up")
+    fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 61), "7B/tokenizer.model: not found, neither here nor one folder up")
     shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.model")
     assert Tokenizer.from_pretrained(tmp_path / "7B", tokenizer.vocab_size).encode("a b") == tokenizer.encode("a b")
     fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 32000), f"tokenizer.model: {tokenizer.vocab_size} pieces, but the "
