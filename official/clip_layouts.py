@@ -91,9 +91,11 @@ def read_openai(path: Path) -> tuple[dict, Tensors]:
         raise ValueError(f"{path}: no vision transformer in it (visual.conv1.weight, "
                          "visual.positional_embedding); expected OpenAI's ViT-L-14.pt or another of its ViTs")
     width, patch_size, patches = conv.shape[0], conv.shape[-1], positions.shape[0] - 1
+    if width == 0 or width % 64:
+        raise ValueError(f"{path}: the ViT is {width} wide, expected a multiple of 64, because OpenAI's heads "
+                         "are 64 wide and no number of heads is stored; use a folder in Hugging Face's layout")
     layers = len([name for name in found if re.fullmatch(r"visual\..*\.ln_1\.weight", name)])
-    heads = max(1, width // 64)  # the file does not tell the number of heads; OpenAI's are 64 wide
     sizes = dict(image_size=round(patches ** 0.5) * patch_size, patch_size=patch_size, width=width,
-                 layers=layers, heads=heads)
+                 layers=layers, heads=width // 64)
     wanted = {name: [f"visual.{name}"] for name in hf_names(layers)}
     return sizes, take(path, wanted, found, ignored=r"^(?!visual\.)|^visual\.proj$")

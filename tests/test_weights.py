@@ -127,6 +127,14 @@ def test_openai_archive(tmp_path, half):
     assert same(expected, VisionTransformer.from_pretrained(tmp_path / "plain.pt"))
 
 
+def test_an_openai_vit_whose_width_is_not_a_multiple_of_64_is_refused(tmp_path):
+    for width, heads in ((96, 2), (24, 3)):  # both were read with one head
+        vit = VisionTransformer(CLIPConfig(image_size=16, patch_size=4, width=width, layers=4, heads=heads))
+        file = write_openai(tmp_path / "ViT.pt", vit)
+        fails(lambda: VisionTransformer.from_pretrained(file), f"ViT.pt: the ViT is {width} wide",
+              "expected a multiple of 64", "use a folder in Hugging Face's layout")
+
+
 @pytest.mark.parametrize("layout", ["hf", "bin", "meta"])
 def test_loading_needs_the_weights_and_a_tensor_more(tmp_path, monkeypatch, layout):
     status = Path("/proc/self/status")
