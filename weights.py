@@ -26,8 +26,9 @@ import torch.nn as nn
 import adapters
 import cli
 from official import clip_layouts, llama_layouts, released
+from official.configs import check_metadata
 from official.layouts import identify
-from official.names import complain
+from official.mistakes import complain
 from official.tensorfiles import Tensors, write_folder
 
 
@@ -57,8 +58,15 @@ def read_clip(path: str | Path) -> tuple[dict, Tensors]:
 def read_adapters(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Our adapter file or a released .pth checkpoint -> (tensors under our names, metadata)."""
     path = Path(path)
-    read = released.read_released if path.suffix == ".pth" and path.is_file() else adapters.read_adapters
-    return read(path)
+    if path.suffix == ".pth" and path.is_file():
+        tensors, meta = released.read_released(path)
+    else:
+        try:
+            tensors, meta = adapters.read_adapters(path)
+        except (KeyError, RecursionError, json.JSONDecodeError):
+            raise ValueError(f"{path}: its metadata are not valid JSON; restore the original file") from None
+    check_metadata(path, meta)
+    return tensors, meta
 
 
 def assign(model: nn.Module, tensors: Tensors, path: str | Path, device, dtype) -> None:

@@ -7,9 +7,11 @@
 Our parameter names are OpenAI's. OpenAI has q, k and v in one matrix, Hugging Face has three.
 """
 import re
+from math import isqrt
 from pathlib import Path
 
-from official.configs import check_config, read_json
+from official.configs import read_config
+from official.mistakes import BadFile, complain
 from official.names import take
 from official.tensorfiles import Lazy, Mapped, Tensors, open_folder, open_torch
 from official.torchscript import is_torchscript, open_torchscript
@@ -41,17 +43,16 @@ def hf_names(layers: int) -> dict[str, list[str]]:
 
 def read_hf(folder: Path) -> tuple[dict, Tensors]:
     """A folder in Hugging Face's layout -> (sizes for CLIPConfig, tensors under our names)."""
-    file = folder / "config.json"
-    cfg = read_json(file)
-    cfg = cfg.get("vision_config") or cfg  # a full CLIP has one section for each encoder
-    try:
-        sizes = dict(image_size=cfg["image_size"], patch_size=cfg["patch_size"], width=cfg["hidden_size"],
-                     layers=cfg["num_hidden_layers"], heads=cfg["num_attention_heads"],
-                     cls_every=cfg.get("cls_every", 4))  # LaVIN's own key; official files do not have it
-    except KeyError as e:
-        raise ValueError(f"{file}: {e.args[0]} is missing; "
-                         "expected the config.json of a CLIP image encoder") from None
-    check_config(file, cfg, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}, "the CLIP models by OpenAI")
+    cfg = read_config(folder / "config.json")
+    if cfg.values.get("vision_config"):  # a full CLIP has one section for each encoder
+        cfg = cfg.section("vision_config")
+    image_size, layers = cfg.whole("image_size", most=2**13), cfg.whole("num_hidden_layers", most=1000)
+    sizes = dict(
+        image_size=image_size, patch_size=cfg.whole("patch_size", most=image_size),
+        width=cfg.whole("hidden_size"), layers=layers, heads=cfg.whole("num_attention_heads"),
+        cls_every=cfg.whole("cls_every", min(4, layers), most=layers))  # LaVIN's own key
+    cfg.multiple("hidden_size", "num_attention_heads")
+    cfg.expect({"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}, "the CLIP models by OpenAI")
     found = {name.removeprefix("vision_model."): t for name, t in open_folder(folder).items()}
     ignored = r"^text_model\.|^(text|visual)_projection\.weight$|^logit_scale$|\.position_ids$"
     return sizes, take(folder, hf_names(sizes["layers"]), found, ignored)
@@ -88,14 +89,21 @@ def read_openai(path: Path) -> tuple[dict, Tensors]:
     found = open_torchscript(path) if is_torchscript(path) else open_torch(path, Mapped())
     conv, positions = found.get("visual.conv1.weight"), found.get("visual.positional_embedding")
     if conv is None or positions is None:
-        raise ValueError(f"{path}: no vision transformer in it (visual.conv1.weight, "
-                         "visual.positional_embedding); expected OpenAI's ViT-L-14.pt or another of its ViTs")
+        raise BadFile(f"{path}: no vision transformer in it (visual.conv1.weight, "
+                      "visual.positional_embedding); expected OpenAI's ViT-L-14.pt or another of its ViTs")
+    if len(conv.shape) != 4 or len(positions.shape) != 2 or min(conv.shape + positions.shape) < 1:
+        raise BadFile(f"{path}: visual.conv1.weight {list(conv.shape)} and visual.positional_embedding "
+                      f"{list(positions.shape)} are not those of a vision transformer; download it again")
     width, patch_size, patches = conv.shape[0], conv.shape[-1], positions.shape[0] - 1
-    if width == 0 or width % 64:
-        raise ValueError(f"{path}: the ViT is {width} wide, expected a multiple of 64, because OpenAI's heads "
-                         "are 64 wide and no number of heads is stored; use a folder in Hugging Face's layout")
+    if width % 64:
+        raise BadFile(f"{path}: the ViT is {width} wide, expected a multiple of 64, because OpenAI's heads "
+                      "are 64 wide and no number of heads is stored; use a folder in Hugging Face's layout")
     layers = len([name for name in found if re.fullmatch(r"visual\..*\.ln_1\.weight", name)])
-    sizes = dict(image_size=round(patches ** 0.5) * patch_size, patch_size=patch_size, width=width,
+    sizes = dict(image_size=isqrt(patches) * patch_size, patch_size=patch_size, width=width,
                  layers=layers, heads=width // 64)
     wanted = {name: [f"visual.{name}"] for name in hf_names(layers)}
-    return sizes, take(path, wanted, found, ignored=r"^(?!visual\.)|^visual\.proj$")
+    tensors = take(path, wanted, found, ignored=r"^(?!visual\.)|^visual\.proj$")
+    fused = [f"{name} {list(t.shape)}" for name, t in tensors.items()
+             if "in_proj" in name and t.shape[:1] != (3 * width,)]
+    complain(path, {"wrong shapes": fused}, f"expected {3 * width} rows for q, k and v; download it again")
+    return sizes, tensors

@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 from official.configs import read_json
+from official.mistakes import described
 
 MODELS = {"llama": "LLaMA", "clip": "CLIP", "clip_vision_model": "CLIP"}  # model_type in config.json -> model
 
@@ -29,8 +30,9 @@ def find_layout(path: Path, wanted: str) -> str:
         return "LLaMA, Meta"
     if "config.json" in here and (hf or not meta):
         kind = read_json(path / "config.json").get("model_type")
-        if kind not in MODELS:
-            raise ValueError(f"{path / 'config.json'}: model_type {kind!r}; known: {', '.join(MODELS)}")
+        if not isinstance(kind, str) or kind not in MODELS:
+            raise ValueError(f"{path / 'config.json'}: model_type is {described(kind)}, "
+                             f"expected {' or '.join(MODELS)}")
         return f"{MODELS[kind]}, Hugging Face"
     if meta or hf:
         owner, config = ("Meta", "params.json") if meta else ("Hugging Face", "config.json")

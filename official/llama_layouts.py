@@ -13,8 +13,9 @@ from typing import Callable
 
 import torch
 
-from official.configs import check_config, read_json
-from official.names import complain, join, take
+from official.configs import read_config
+from official.mistakes import BadFile, complain
+from official.names import join, take
 from official.tensorfiles import Lazy, Mapped, Tensors, open_folder, open_torch
 
 MODEL = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -26,6 +27,7 @@ BLOCK = {
 }
 ROTARY = re.compile(r"attention\.w[qk]\.weight$")  # the parameters whose rows are permuted
 COLUMNS = re.compile(r"wo|w2|tok_embeddings")  # Meta's shards split these by columns, other matrices by rows
+SUPPORTED = "LLaMA-1 and LLaMA-2 of 7B and 13B"
 
 
 def hf_names(n_layers: int) -> dict[str, str]:
@@ -58,28 +60,26 @@ def reorder(tensors: Tensors, how: Callable, n_heads: int) -> Tensors:
 
 def read_hf(folder: Path) -> tuple[dict, Tensors]:
     """A folder in Hugging Face's layout -> (sizes for LLaMAConfig, tensors under our names)."""
-    file = folder / "config.json"
-    cfg = read_json(file)
-    rope = cfg.get("rope_parameters") or {}  # recent files; older ones have rope_theta at the top level
-    try:
-        sizes = dict(dim=cfg["hidden_size"], n_layers=cfg["num_hidden_layers"],
-                     n_heads=cfg["num_attention_heads"], ffn_dim=cfg["intermediate_size"],
-                     vocab_size=cfg["vocab_size"], norm_eps=cfg["rms_norm_eps"],
-                     rope_theta=cfg.get("rope_theta") or rope.get("rope_theta", 10000.0),
-                     max_seq_len=cfg.get("max_position_embeddings", 2048))
-    except KeyError as e:
-        raise ValueError(f"{file}: {e.args[0]} is missing; download it again") from None
-    supported = {"num_key_value_heads": sizes["n_heads"], "head_dim": sizes["dim"] // sizes["n_heads"],
-                 "hidden_act": "silu", "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
-                 "tie_word_embeddings": False}
-    scaling = {"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {}
-    check_config(file, {**cfg, **scaling}, supported, "LLaMA-1 and LLaMA-2 of 7B and 13B")
+    cfg = read_config(folder / "config.json")
+    rope = cfg.section("rope_parameters")  # recent files; older ones have rope_theta at the top level
+    sizes = dict(
+        dim=cfg.whole("hidden_size"), n_layers=cfg.whole("num_hidden_layers", most=1000),
+        n_heads=cfg.whole("num_attention_heads"), ffn_dim=cfg.whole("intermediate_size"),
+        vocab_size=cfg.whole("vocab_size"), norm_eps=cfg.number("rms_norm_eps", most=1),
+        rope_theta=cfg.number("rope_theta", rope.number("rope_theta", 10000.0)),
+        max_seq_len=cfg.whole("max_position_embeddings", 2048))
+    cfg.multiple("hidden_size", "num_attention_heads", times=2)  # rotary pairs: the width of a head is even
+    cfg.expect({"num_key_value_heads": sizes["n_heads"], "head_dim": sizes["dim"] // sizes["n_heads"],
+                "hidden_act": "silu", "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
+                "tie_word_embeddings": False}, SUPPORTED)
+    rope.expect({"rope_type": "default"}, SUPPORTED)
     found = open_folder(folder)
     if "tok_embeddings.weight" in found:
-        raise ValueError(f"{folder}: the tensors have Meta's names, config.json is Hugging Face's; rename "
+        raise BadFile(f"{folder}: the tensors have Meta's names, config.json is Hugging Face's; rename "
                          "the file to consolidated.00.pth and copy Meta's params.json into the folder")
     wanted = {ours: [theirs] for ours, theirs in hf_names(sizes["n_layers"]).items()}
     tensors = take(folder, wanted, found, ignored=r"rotary_emb\.inv_freq$")
+    check_dimensions(folder, tensors)
     return sizes, reorder(tensors, halves_to_pairs, sizes["n_heads"])
 
 
@@ -102,24 +102,30 @@ def to_hf(sizes: dict, tensors: Tensors) -> tuple[dict, Tensors]:
 
 def read_meta(folder: Path) -> tuple[dict, Tensors]:
     """A folder in Meta's layout -> (sizes for LLaMAConfig, tensors under our names)."""
-    file = folder / "params.json"
-    params = read_json(file)
-    try:
-        dim, n_layers, n_heads, norm_eps = (params[key] for key in ("dim", "n_layers", "n_heads", "norm_eps"))
-    except KeyError as e:
-        raise ValueError(f"{file}: {e.args[0]} is missing; download it again") from None
-    check_config(file, params, {"n_kv_heads": n_heads}, "LLaMA-1 and LLaMA-2 of 7B and 13B")
-    names, shards = hf_names(n_layers), open_shards(folder, dim)
+    params = read_config(folder / "params.json")
+    sizes = dict(
+        dim=params.whole("dim"), n_layers=params.whole("n_layers", most=1000),
+        n_heads=params.whole("n_heads"), norm_eps=params.number("norm_eps", most=1),
+        rope_theta=params.number("rope_theta", 10000.0),
+        max_seq_len=params.whole("max_seq_len", 2048))  # official files lack it; for LLaMA-2, add 4096
+    params.multiple("dim", "n_heads", times=2)
+    params.expect({"n_kv_heads": sizes["n_heads"]}, SUPPORTED)
+    names, shards = hf_names(sizes["n_layers"]), open_shards(folder, sizes["dim"])
     for path, shard in shards.items():
         take(path, {name: [name] for name in names}, shard, ignored=r"rope\.freqs$")
-    tensors = {name: join_shards(name, [shard[name] for shard in shards.values()]) for name in names}
-    # params.json has vocab_size -1 and no width of the FFN, so the tensors tell both. It does not tell the
-    # longest sequence either. 2048 is LLaMA-1's; for LLaMA-2's 4096, add max_seq_len to params.json.
-    sizes = dict(dim=dim, n_layers=n_layers, n_heads=n_heads, norm_eps=norm_eps,
-                 ffn_dim=tensors["layers.0.feed_forward.w1.weight"].shape[0],
-                 vocab_size=tensors["tok_embeddings.weight"].shape[0],
-                 rope_theta=params.get("rope_theta", 10000.0), max_seq_len=params.get("max_seq_len", 2048))
+        check_dimensions(path, {name: shard[name] for name in names})
+    tensors = {name: join_shards(folder, name, {path.name: shard[name] for path, shard in shards.items()})
+               for name in names}
+    # the tensors tell two sizes that params.json does not: vocab_size is -1 there, the FFN's width is absent
+    sizes["ffn_dim"] = tensors["layers.0.feed_forward.w1.weight"].shape[0]
+    sizes["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
     return sizes, tensors
+
+
+def check_dimensions(path: Path, tensors: Tensors) -> None:
+    """ValueError unless norms are vectors and all other tensors are matrices."""
+    wrong = [f"{name} {list(t.shape)}" for name, t in tensors.items() if len(t.shape) != 2 - ("norm" in name)]
+    complain(path, {"wrong shapes": wrong}, "expected vectors for norms, else matrices; download it again")
 
 
 def open_shards(folder: Path, dim: int) -> dict[Path, Tensors]:
@@ -128,10 +134,14 @@ def open_shards(folder: Path, dim: int) -> dict[Path, Tensors]:
     first = open_torch(folder / "consolidated.00.pth", mapped)
     embedding = first.get("tok_embeddings.weight")
     if embedding is None:
-        raise ValueError(f"{folder}: consolidated.00.pth has no tok_embeddings.weight, so it is not in "
+        raise BadFile(f"{folder}: consolidated.00.pth has no tok_embeddings.weight, so it is not in "
                          "Meta's layout; if it is in Hugging Face's, rename it to pytorch_model.bin and "
                          "replace params.json by Hugging Face's config.json")
-    files = [f"consolidated.{i:02}.pth" for i in range(max(1, dim // embedding.shape[1]))]
+    columns = embedding.shape[-1] if len(embedding.shape) == 2 else 0
+    if columns == 0 or dim % columns:
+        raise BadFile(f"{folder}: tok_embeddings.weight {list(embedding.shape)} in consolidated.00.pth does "
+                      f"not fit dim {dim} in params.json; download both again")
+    files = [f"consolidated.{i:02}.pth" for i in range(dim // columns)]
     here = {f.name for f in folder.glob("consolidated.*.pth")}
     complain(folder, {"missing shard": sorted(set(files) - here), "unexpected": sorted(here - set(files))},
              f"this model has {len(files)}; download it again")
@@ -139,7 +149,9 @@ def open_shards(folder: Path, dim: int) -> dict[Path, Tensors]:
     return {folder / files[0]: first, **rest}
 
 
-def join_shards(name: str, parts: list[Lazy]) -> Lazy:
+def join_shards(folder: Path, name: str, parts: dict[str, Lazy]) -> Lazy:
+    """parts {file: that file's share of the tensor `name`}"""
     if "norm" in name:  # every shard has the whole vector
-        return parts[0]
-    return join(parts, dim=1 if COLUMNS.search(name) else 0)
+        return next(iter(parts.values()))
+    dim = 1 if COLUMNS.search(name) else 0
+    return join(folder, {f"{name} in {file}": t for file, t in parts.items()}, dim)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from official.configs import Config
+from official.mistakes import BadFile, complain, described
 from official.names import take
-from official.tensorfiles import load_torch
+from official.tensorfiles import check_tensors, load_torch
 
 ADAPTER = {"phi_d": "conv_A", "phi_u1": "conv_B", "phi_u2": "conv_D", "f_w": "expert_weights"}
 EMBEDDING = "adapter_modality_embedding.weight"
@@ -39,37 +41,41 @@ def read_released(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     choices that all released files share: each token of the ViT routes by itself (see clip.Block), and
     pictures are normalised with ImageNet's mean and std.
     """
-    state = load_torch(path, mmap=True, allow=(argparse.Namespace,))
-    state = state if isinstance(state, dict) else {}
-    args, model = state.get("args"), state.get("model", state)
-    args = vars(args) if isinstance(args, argparse.Namespace) else {}  # the training flags
-    found = {str(name).removeprefix("module."): t for name, t in dict(model).items()
-             if isinstance(t, torch.Tensor)}
+    state = load_torch(path, allow=(argparse.Namespace,))
+    whole = state if isinstance(state, dict) and "model" in state else {"model": state}
+    args = whole.get("args", argparse.Namespace())
+    if not isinstance(args, argparse.Namespace):
+        raise BadFile(f"{path}: args is {described(args)}, expected a Namespace of training flags; "
+                      "download it again")
+    flags = Config(path, vars(args), "args.")
+    found = {name.removeprefix("module."): t for name, t in check_tensors(path, whole["model"]).items()}
     n_layers = count(found, r"layers\.\d+\.adapter_attn\.conv_A\.bias")
     vit_layers = count(found, r"backbone\..*\.adapter_attn\.conv_A\.bias")
     if not n_layers:
-        raise ValueError(f"{path}: no adapters in it (layers.0.adapter_attn.conv_A.bias); expected a LaVIN "
+        raise BadFile(f"{path}: no adapters in it (layers.0.adapter_attn.conv_A.bias); expected a LaVIN "
                          "checkpoint that the authors released")
     wanted = {ours: [theirs] for ours, theirs in released_names(n_layers, vit_layers).items()}
     tensors = {name: (t.squeeze(-1) if t.ndim == 3 else t).float().contiguous()
                for name, t in take(path, wanted, found).items()}
+    wrong = [f"{name} {list(t.shape)}" for name, t in tensors.items() if t.ndim != 2 - name.endswith("bias")]
+    complain(path, {"wrong shapes": wrong}, "expected vectors for biases, else matrices; download it again")
 
     dim = tensors[EMBEDDING].shape[1]
     adapter = {"kind": "mm", "dim": tensors["llama.layers.0.adapter_attn.phi_d.bias"].shape[0],
-               "scale": float(args.get("adapter_scale", 1.0)), "dropout": 0.1,
-               "tau": float(args.get("temperature", 5.0 if dim == 5120 else 10.0))}
+               "scale": flags.number("adapter_scale", 1.0), "dropout": 0.1,
+               "tau": flags.number("temperature", 5.0 if dim == 5120 else 10.0)}
     cfg = {"adapter": adapter, "vision": True, "vit_adapters": vit_layers > 0, "vit_routing": "token",
            "neck_dim": tensors["adapter_proj.W_d.bias"].shape[0], "normalize": "imagenet"}
     return tensors, {"lavin": cfg, "llama": {"dim": dim, "n_layers": n_layers}, "base": None,
-                     "format": args.get("prompt_format", "QCM-ALE"),
-                     "captions": bool(args.get("use_caption", False)), "max_new_tokens": 256}
+                     "format": flags.text("prompt_format", "QCM-ALE"),
+                     "captions": flags.flag("use_caption", False), "max_new_tokens": 256}
 
 
 def write_released(dst: Path, tensors: dict[str, torch.Tensor], meta: dict, src: Path) -> None:
     """Write our adapters as a checkpoint that the released code reads. `src` is their file, for messages."""
     cfg, adapter = meta["lavin"], meta["lavin"]["adapter"]
     if adapter["kind"] != "mm" or not cfg["vision"]:
-        raise ValueError(f"{src}: text-only adapters or plain RepAdapters, for which the released code has "
+        raise BadFile(f"{src}: text-only adapters or plain RepAdapters, for which the released code has "
                          "no names; expected adapters with a router and a neck")
     n_layers = count(tensors, r"llama\..*\.adapter_attn\.phi_d\.bias")
     vit_layers = count(tensors, r"vit\..*\.adapter_attn\.phi_d\.bias")

@@ -9,6 +9,7 @@ The `open_*` functions return {name: Lazy}. A Lazy knows its shape and dtype; ca
 import json
 import pickle
 import re
+import zipfile
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from official.configs import read_json
+from official.mistakes import BadFile, check_file, complain, damaged, described, refused, shown
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # safetensors' names
@@ -63,28 +65,22 @@ class Mapped:
         return t
 
 
-def damaged(file: Path, reason: object) -> ValueError:
-    reason = str(reason).strip().partition("\n")[0].partition(". ")[0][:100]
-    return ValueError(f"{file}: damaged or cut short ({reason}); download it again")
-
-
-def refused(file: Path, name: str) -> ValueError:
-    return ValueError(f"{file}: refused, because opening it would call {name}, which no weights need; "
-                      "download it from its official source")
-
-
 # ---------------------------------------------------------------------------------------------------
 # safetensors
 
 def open_safetensors(file: Path, mapped: Mapped) -> Tensors:
+    check_file(file)
     try:
         f = safe_open(file, "pt")
         slices = {name: f.get_slice(name) for name in f.keys()}
-        read = partial(mapped.read, lambda file: safe_open(file, "pt").get_tensor, file)
-        return {name: Lazy(tuple(s.get_shape()), DTYPES[s.get_dtype()], partial(read, name))
-                for name, s in slices.items()}
+        header = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except Exception as e:  # safetensors raises its own exception type
         raise damaged(file, e) from None
+    unknown = [f"{name} {dtype}" for name, (_, dtype) in header.items() if dtype not in DTYPES]
+    complain(file, {"unknown dtypes": unknown},
+             f"expected {', '.join(DTYPES)}; download weights that are not quantised")
+    read = partial(mapped.read, lambda file: safe_open(file, "pt").get_tensor, file)
+    return {name: Lazy(shape, DTYPES[dtype], partial(read, name)) for name, (shape, dtype) in header.items()}
 
 
 def write_safetensors(file: Path, tensors: Tensors) -> None:
@@ -107,25 +103,64 @@ def write_safetensors(file: Path, tensors: Tensors) -> None:
 # ---------------------------------------------------------------------------------------------------
 # torch pickles
 
-def load_torch(file: Path, mmap: bool = False, allow: tuple[type, ...] = ()):
+def check_archive(file: Path) -> None:
+    """Refuse a zip file that would expand to much more than its own size.
+
+    torch compresses only source code, which is never read here, so an honest archive does not expand at all.
+    """
+    with zipfile.ZipFile(file) as archive:
+        size = sum(member.file_size for member in archive.infolist() if "/code/" not in member.filename)
+    if size > 10 * file.stat().st_size:
+        raise refused(file, f"its {file.stat().st_size:,} bytes would expand to {size:,}")
+
+
+def load_torch(file: Path, allow: tuple[type, ...] = ()):
     """What torch.save wrote: tensors in plain containers, and instances of the classes in `allow`."""
+    check_file(file)
     try:
+        if zipfile.is_zipfile(file):
+            check_archive(file)
         with torch.serialization.safe_globals(list(allow)):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except BadFile:
+        raise
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL:? ([\w.]+)", str(e))
-        raise refused(file, found[1]) if found else ValueError(
-            f"{file}: refused, because it is damaged or holds more than tensors; "
-            "download it from its official source") from None
+        raise refused(file, f"opening it would call {shown(found[1])}, which no weights need" if found else
+                      "it is damaged or holds more than tensors") from None
     except Exception as e:  # a file that is cut short raises RuntimeError, EOFError, OSError, ...
         raise damaged(file, e) from None
 
 
+def unusable(t: object) -> str | None:
+    """Why a value of a pickle is no ordinary tensor, or None if it is one."""
+    if not isinstance(t, torch.Tensor):
+        return described(t)
+    if t.is_meta:
+        return "a meta tensor, which has no values"
+    if t.is_quantized or t.is_nested or t.layout != torch.strided:
+        return "quantised" if t.is_quantized else "nested" if t.is_nested else f"stored as {t.layout}"
+    if prod(t.shape) * t.itemsize > t.untyped_storage().nbytes():
+        return f"of shape {list(t.shape)}, which repeats the few values in the file"
+    return None
+
+
+def check_tensors(file: Path, state: object) -> dict[str, torch.Tensor]:
+    """Return `state` if it is {name: ordinary tensor}. ValueError names the first entry that is not."""
+    if not isinstance(state, dict):
+        raise BadFile(f"{file}: holds {described(state)}, expected tensors by name; download it again")
+    for name, t in state.items():
+        if not isinstance(name, str):
+            raise BadFile(f"{file}: has the key {described(name)}, expected names; download it again")
+        if (problem := unusable(t)):
+            raise BadFile(f"{file}: {shown(name)} is {problem}, expected a dense tensor; "
+                          "download the original weights")
+    return state
+
+
 def open_torch(file: Path, mapped: Mapped) -> Tensors:
-    state = load_torch(file, mmap=True)
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise ValueError(f"{file}: holds more than tensors by name; expected the weights alone")
-    read = partial(mapped.read, lambda file: load_torch(file, mmap=True).__getitem__, file)
+    state = check_tensors(file, load_torch(file))
+    read = partial(mapped.read, lambda file: load_torch(file).__getitem__, file)
     return {name: Lazy(tuple(t.shape), t.dtype, partial(read, name)) for name, t in state.items()}
 
 
@@ -137,18 +172,30 @@ def open_folder(folder: Path) -> Tensors:
     openers = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_torch}
     for single, open_file in openers.items():
         index, files = folder / f"{single}.index.json", [single]
-        if not (folder / single).is_file():
-            if not index.is_file():
+        if not (folder / single).exists():
+            if not index.exists():
                 continue
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [file for file in files if not (folder / file).is_file()]
+            files = read_index(index)
+        missing = [file for file in files if not (folder / file).exists()]
         if missing:
-            raise FileNotFoundError(f"{folder / missing[0]}: missing shard ({len(missing)} of {len(files)}); "
-                                    "download it again")
+            raise FileNotFoundError(f"{folder / shown(missing[0])}: missing shard ({len(missing)} of "
+                                    f"{len(files)}); download it again")
         mapped = Mapped()
         return {name: t for file in files for name, t in open_file(folder / file, mapped).items()}
     raise FileNotFoundError(f"{folder}: has config.json, but no weights; download model.safetensors "
                             "or pytorch_model.bin, or all shards and their .index.json")
+
+
+def read_index(index: Path) -> list[str]:
+    """The names of the shards. ValueError if one is not a file of the index's own folder."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise BadFile(f"{index}: weight_map is not an object of tensor and file names; download it again")
+    for file in shards.values():
+        if file in ("", "..") or Path(file).name != file:
+            raise BadFile(f"{index}: weight_map names {described(file)}, expected a file of the same folder; "
+                          "download it from its official source")
+    return sorted(set(shards.values()))
 
 
 def write_folder(folder: Path, config: dict, tensors: Tensors, limit: int = 5 * 10**9) -> None:
