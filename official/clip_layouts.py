@@ -11,8 +11,8 @@ from math import isqrt
 from pathlib import Path
 
 from official.configs import read_config
-from official.mistakes import BadFile, complain
-from official.names import take
+from official.mistakes import BadFile
+from official.names import check_shapes, take
 from official.tensorfiles import Lazy, Mapped, Tensors, open_folder, open_torch
 from official.torchscript import is_torchscript, open_torchscript
 
@@ -103,7 +103,6 @@ def read_openai(path: Path) -> tuple[dict, Tensors]:
                  layers=layers, heads=width // 64)
     wanted = {name: [f"visual.{name}"] for name in hf_names(layers)}
     tensors = take(path, wanted, found, ignored=r"^(?!visual\.)|^visual\.proj$")
-    fused = [f"{name} {list(t.shape)}" for name, t in tensors.items()
-             if "in_proj" in name and t.shape[:1] != (3 * width,)]
-    complain(path, {"wrong shapes": fused}, f"expected {3 * width} rows for q, k and v; download it again")
+    check_shapes(path, tensors, lambda name, shape: "in_proj" not in name or shape[:1] == (3 * width,),
+                 f"{3 * width} rows for q, k and v")
     return sizes, tensors

@@ -15,7 +15,7 @@ import torch
 
 from official.configs import read_config
 from official.mistakes import BadFile, complain
-from official.names import join, take
+from official.names import check_shapes, join, take
 from official.tensorfiles import Lazy, Mapped, Tensors, open_folder, open_torch
 
 MODEL = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -76,10 +76,11 @@ def read_hf(folder: Path) -> tuple[dict, Tensors]:
     found = open_folder(folder)
     if "tok_embeddings.weight" in found:
         raise BadFile(f"{folder}: the tensors have Meta's names, config.json is Hugging Face's; rename "
-                         "the file to consolidated.00.pth and copy Meta's params.json into the folder")
+                      "the file to consolidated.00.pth and copy Meta's params.json into the folder")
     wanted = {ours: [theirs] for ours, theirs in hf_names(sizes["n_layers"]).items()}
     tensors = take(folder, wanted, found, ignored=r"rotary_emb\.inv_freq$")
     check_dimensions(folder, tensors)
+    check_rotary(folder, tensors, sizes["dim"])
     return sizes, reorder(tensors, halves_to_pairs, sizes["n_heads"])
 
 
@@ -116,6 +117,7 @@ def read_meta(folder: Path) -> tuple[dict, Tensors]:
         check_dimensions(path, {name: shard[name] for name in names})
     tensors = {name: join_shards(folder, name, {path.name: shard[name] for path, shard in shards.items()})
                for name in names}
+    check_rotary(folder, tensors, sizes["dim"])
     # the tensors tell two sizes that params.json does not: vocab_size is -1 there, the FFN's width is absent
     sizes["ffn_dim"] = tensors["layers.0.feed_forward.w1.weight"].shape[0]
     sizes["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
@@ -123,9 +125,14 @@ def read_meta(folder: Path) -> tuple[dict, Tensors]:
 
 
 def check_dimensions(path: Path, tensors: Tensors) -> None:
-    """ValueError unless norms are vectors and all other tensors are matrices."""
-    wrong = [f"{name} {list(t.shape)}" for name, t in tensors.items() if len(t.shape) != 2 - ("norm" in name)]
-    complain(path, {"wrong shapes": wrong}, "expected vectors for norms, else matrices; download it again")
+    check_shapes(path, tensors, lambda name, shape: len(shape) == (1 if "norm" in name else 2),
+                 "vectors for norms and matrices for the rest")
+
+
+def check_rotary(path: Path, tensors: Tensors, dim: int) -> None:
+    """The rows of other shapes could not be permuted."""
+    check_shapes(path, tensors, lambda name, shape: not ROTARY.search(name) or shape == (dim, dim),
+                 f"{[dim, dim]} for wq and wk")
 
 
 def open_shards(folder: Path, dim: int) -> dict[Path, Tensors]:
@@ -135,8 +142,8 @@ def open_shards(folder: Path, dim: int) -> dict[Path, Tensors]:
     embedding = first.get("tok_embeddings.weight")
     if embedding is None:
         raise BadFile(f"{folder}: consolidated.00.pth has no tok_embeddings.weight, so it is not in "
-                         "Meta's layout; if it is in Hugging Face's, rename it to pytorch_model.bin and "
-                         "replace params.json by Hugging Face's config.json")
+                      "Meta's layout; if it is in Hugging Face's, rename it to pytorch_model.bin and "
+                      "replace params.json by Hugging Face's config.json")
     columns = embedding.shape[-1] if len(embedding.shape) == 2 else 0
     if columns == 0 or dim % columns:
         raise BadFile(f"{folder}: tok_embeddings.weight {list(embedding.shape)} in consolidated.00.pth does "

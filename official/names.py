@@ -1,6 +1,7 @@
 """Match the parameter names of a file with ours."""
 import re
 from pathlib import Path
+from typing import Callable
 
 import torch
 
@@ -41,3 +42,9 @@ def join(path: Path, parts: dict[str, Lazy], dim: int = 0) -> Lazy:
     shape = list(first.shape)
     shape[dim] = sum(t.shape[dim] for t in parts.values())
     return Lazy(tuple(shape), first.dtype, lambda: torch.cat([t() for t in parts.values()], dim))
+
+
+def check_shapes(path: Path, tensors: Tensors, fits: Callable, expected: str) -> None:
+    """ValueError that lists the tensors for which fits(name, shape) is false."""
+    wrong = [f"{name} {list(t.shape)}" for name, t in tensors.items() if not fits(name, tuple(t.shape))]
+    complain(path, {"wrong shapes": wrong}, f"expected {expected}; download it again")

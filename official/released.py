@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from official.configs import Config
-from official.mistakes import BadFile, complain, described
-from official.names import take
+from official.mistakes import BadFile, described
+from official.names import check_shapes, take
 from official.tensorfiles import check_tensors, load_torch
 
 ADAPTER = {"phi_d": "conv_A", "phi_u1": "conv_B", "phi_u2": "conv_D", "f_w": "expert_weights"}
@@ -53,12 +53,12 @@ def read_released(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     vit_layers = count(found, r"backbone\..*\.adapter_attn\.conv_A\.bias")
     if not n_layers:
         raise BadFile(f"{path}: no adapters in it (layers.0.adapter_attn.conv_A.bias); expected a LaVIN "
-                         "checkpoint that the authors released")
+                      "checkpoint that the authors released")
     wanted = {ours: [theirs] for ours, theirs in released_names(n_layers, vit_layers).items()}
     tensors = {name: (t.squeeze(-1) if t.ndim == 3 else t).float().contiguous()
                for name, t in take(path, wanted, found).items()}
-    wrong = [f"{name} {list(t.shape)}" for name, t in tensors.items() if t.ndim != 2 - name.endswith("bias")]
-    complain(path, {"wrong shapes": wrong}, "expected vectors for biases, else matrices; download it again")
+    check_shapes(path, tensors, lambda name, shape: len(shape) == (1 if name.endswith("bias") else 2),
+                 "vectors for biases and matrices for the rest")
 
     dim = tensors[EMBEDDING].shape[1]
     adapter = {"kind": "mm", "dim": tensors["llama.layers.0.adapter_attn.phi_d.bias"].shape[0],
@@ -76,7 +76,7 @@ def write_released(dst: Path, tensors: dict[str, torch.Tensor], meta: dict, src:
     cfg, adapter = meta["lavin"], meta["lavin"]["adapter"]
     if adapter["kind"] != "mm" or not cfg["vision"]:
         raise BadFile(f"{src}: text-only adapters or plain RepAdapters, for which the released code has "
-                         "no names; expected adapters with a router and a neck")
+                      "no names; expected adapters with a router and a neck")
     n_layers = count(tensors, r"llama\..*\.adapter_attn\.phi_d\.bias")
     vit_layers = count(tensors, r"vit\..*\.adapter_attn\.phi_d\.bias")
     names = released_names(n_layers, vit_layers)

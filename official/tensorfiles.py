@@ -126,8 +126,8 @@ def load_torch(file: Path, allow: tuple[type, ...] = ()):
         raise
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL:? ([\w.]+)", str(e))
-        raise refused(file, f"opening it would call {shown(found[1])}, which no weights need" if found else
-                      "it is damaged or holds more than tensors") from None
+        call = f"opening it would call {shown(found[1])}, which no weights need" if found else ""
+        raise refused(file, call or "it is damaged or holds more than tensors") from None
     except Exception as e:  # a file that is cut short raises RuntimeError, EOFError, OSError, ...
         raise damaged(file, e) from None
 
@@ -152,7 +152,7 @@ def check_tensors(file: Path, state: object) -> dict[str, torch.Tensor]:
     for name, t in state.items():
         if not isinstance(name, str):
             raise BadFile(f"{file}: has the key {described(name)}, expected names; download it again")
-        if (problem := unusable(t)):
+        if problem := unusable(t):
             raise BadFile(f"{file}: {shown(name)} is {problem}, expected a dense tensor; "
                           "download the original weights")
     return state
