@@ -23,7 +23,8 @@ import clip
 import llama
 import weights
 from lavin import LaVIN, LaVINConfig
-from official.tensorfiles import Lazy, write_folder
+from official import clip_layouts, llama_layouts
+from official.tensorfiles import Lazy, Tensors, write_folder
 
 
 def random_tensor(seed: int, shape: torch.Size) -> torch.Tensor:
@@ -32,7 +33,7 @@ def random_tensor(seed: int, shape: torch.Size) -> torch.Tensor:
     return (t.mul_(shape[-1] ** -0.5) if len(shape) > 1 else t.mul_(0.01).add_(1)).to(torch.bfloat16)
 
 
-def random_tensors(model: torch.nn.Module) -> weights.Tensors:
+def random_tensors(model: torch.nn.Module) -> Tensors:
     return {name: Lazy(tuple(p.shape), torch.bfloat16, partial(random_tensor, seed, p.shape))
             for seed, (name, p) in enumerate(model.named_parameters())}
 
@@ -42,7 +43,7 @@ def make(folder: Path, llm: str, vit: str, tokenizer: Path, shard: int) -> None:
     with torch.device("meta"):  # names and shapes only
         language = llama.LLaMA(dataclasses.replace(llama.from_name(llm), vocab_size=vocab_size))
         vision = clip.VisionTransformer(clip.from_name(vit))
-    for model, to_hf, name in ((language, weights.llama_to_hf, "llama"), (vision, weights.clip_to_hf, "clip")):
+    for model, to_hf, name in ((language, llama_layouts.to_hf, "llama"), (vision, clip_layouts.to_hf, "clip")):
         write_folder(folder / name, *to_hf(dataclasses.asdict(model.cfg), random_tensors(model)), limit=shard)
         print(weights.show(folder / name), end="\n\n")
     shutil.copyfile(tokenizer, folder / "llama" / "tokenizer.model")

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -19,12 +20,12 @@ import cli
 import lavin
 import make_random_7b
 import sample
-from official import tensorfiles
 import weights
 from clip import CLIPConfig, VisionTransformer
 from conftest import LLAMA, ROOT, ROWS, close, make_batch, make_lavin, randomize
 from lavin import LaVIN
 from llama import LLaMA, LLaMAConfig, Tokenizer
+from official import clip_layouts, configs, llama_layouts, tensorfiles, torchscript
 from weights_on_disk import released_state, write_meta, write_openai
 
 TOKENIZER = ROOT / "tiny" / "llama" / "tokenizer.model"
@@ -45,12 +46,12 @@ def make_vit() -> VisionTransformer:
     return model
 
 
-def lazy(model) -> weights.Tensors:
+def lazy(model) -> tensorfiles.Tensors:
     return {n: tensorfiles.Lazy(tuple(p.shape), p.dtype, lambda p=p: p.detach()) for n, p in model.named_parameters()}
 
 
 def write_hf(folder: Path, model, **how) -> Path:
-    to_hf = weights.llama_to_hf if isinstance(model, LLaMA) else weights.clip_to_hf
+    to_hf = llama_layouts.to_hf if isinstance(model, LLaMA) else clip_layouts.to_hf
     tensorfiles.write_folder(folder, *to_hf(dataclasses.asdict(model.cfg), lazy(model)), **how)
     if isinstance(model, LLaMA):
         shutil.copyfile(TOKENIZER, folder / "tokenizer.model")
@@ -125,6 +126,14 @@ def test_openai_archive(tmp_path, half):
     # the same state as a plain pickle
     torch.save({f"visual.{n}": p for n, p in expected.state_dict().items()} | {"logit_scale": torch.ones(())}, tmp_path / "plain.pt")
     assert same(expected, VisionTransformer.from_pretrained(tmp_path / "plain.pt"))
+
+
+def test_an_openai_vit_whose_width_is_not_a_multiple_of_64_is_refused(tmp_path):
+    for width, heads in ((96, 2), (24, 3)):  # both were read with one head
+        vit = VisionTransformer(CLIPConfig(image_size=16, patch_size=4, width=width, layers=4, heads=heads))
+        file = write_openai(tmp_path / "ViT.pt", vit)
+        fails(lambda: VisionTransformer.from_pretrained(file), f"ViT.pt: the ViT is {width} wide",
+              "expected a multiple of 64", "use a folder in Hugging Face's layout")
 
 
 @pytest.mark.parametrize("layout", ["hf", "bin", "meta"])
@@ -252,31 +261,32 @@ def test_the_wrong_folder(tmp_path):
     fails(lambda: LLaMA.from_pretrained(tmp_path / "none"), "none: no such folder of LLaMA weights")
     fails(lambda: LLaMA.from_pretrained(llama / "model.safetensors"), "model.safetensors: no such folder")
     (tmp_path / "empty").mkdir()
-    fails(lambda: LLaMA.from_pretrained(tmp_path / "empty"), "no such folder of LLaMA weights; expected config.json", "params.json", "ViT-L-14.pt")
+    fails(lambda: LLaMA.from_pretrained(tmp_path / "empty"), "no such folder of LLaMA weights; expected config.json", "params.json",
+          "ViT-L-14.pt")
     torch.save({"logit_scale": torch.ones(())}, tmp_path / "text.pt")
     fails(lambda: VisionTransformer.from_pretrained(tmp_path / "text.pt"), "text.pt: no vision transformer in it")
 
     # one layout's files under the other's names
     (meta / "params.json").rename(meta / "away")
-    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is Meta's layout; put the params.json")
+    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is in Meta's layout, but params.json is missing")
     shutil.copyfile(llama / "config.json", meta / "config.json")
-    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is Meta's layout; put the params.json")
+    fails(lambda: LLaMA.from_pretrained(meta), "consolidated.00.pth is in Meta's layout, but params.json is missing")
     (meta / "consolidated.00.pth").rename(meta / "pytorch_model.bin")
-    fails(lambda: LLaMA.from_pretrained(meta), "the tensors are in Meta's layout, config.json is Hugging Face's", "consolidated.00.pth")
+    fails(lambda: LLaMA.from_pretrained(meta), "the tensors have Meta's names, config.json is Hugging Face's", "consolidated.00.pth")
     (llama / "config.json").rename(llama / "params.json")
-    fails(lambda: LLaMA.from_pretrained(llama), "model.safetensors is Hugging Face's layout; put the config.json")
+    fails(lambda: LLaMA.from_pretrained(llama), "model.safetensors is in Hugging Face's layout, but config.json is missing")
     shutil.copyfile(meta / "away", llama / "params.json")
     torch.save(load_file(llama / "model.safetensors"), llama / "consolidated.00.pth")
-    fails(lambda: LLaMA.from_pretrained(llama), "not in Meta's layout as params.json says", "config.json")
+    fails(lambda: LLaMA.from_pretrained(llama), "so it is not in Meta's layout", "config.json")
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(num_key_value_heads=2), "num_key_value_heads 2, expected 4"),
-    (dict(rope_scaling={"factor": 8.0, "rope_type": "llama3"}), "rope_scaling"),
-    (dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear"}), "rope_scaling"),
-    (dict(attention_bias=True), "attention_bias True"), (dict(tie_word_embeddings=True), "tie_word_embeddings True"),
-    (dict(hidden_act="gelu"), "hidden_act 'gelu'"), (dict(head_dim=16), "head_dim 16, expected 8"),
-    (dict(model_type="mistral"), "model_type 'mistral'; known: llama, clip"),
+    (dict(num_key_value_heads=2), "num_key_value_heads is 2, expected 4"),
+    (dict(rope_scaling={"factor": 8.0, "rope_type": "llama3"}), "rope_scaling is a dict"),
+    (dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear"}), "rope_parameters.rope_type is 'linear'"),
+    (dict(attention_bias=True), "attention_bias is True"), (dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu'"), (dict(head_dim=16), "head_dim is 16, expected 8"),
+    (dict(model_type="mistral"), "model_type is 'mistral', expected llama or clip"),
 ])
 def test_models_that_are_not_llama_1_or_2(tmp_path, change, message):
     folder = write_hf(tmp_path / "hf", make_llama())
@@ -287,13 +297,13 @@ def test_models_that_are_not_llama_1_or_2(tmp_path, change, message):
 def test_other_broken_configurations(tmp_path):
     folder = write_hf(tmp_path / "clip", make_vit())
     edit_json(folder / "config.json", hidden_act="gelu")
-    fails(lambda: VisionTransformer.from_pretrained(folder), "hidden_act 'gelu', expected 'quick_gelu'", "OpenAI")
+    fails(lambda: VisionTransformer.from_pretrained(folder), "hidden_act is 'gelu', expected 'quick_gelu'", "OpenAI")
     (folder / "config.json").write_text('{"model_type": "clip"')
     fails(lambda: VisionTransformer.from_pretrained(folder), "config.json: not valid JSON")
     (folder / "config.json").write_text('{"model_type": "clip"}')
     fails(lambda: VisionTransformer.from_pretrained(folder), "config.json: image_size is missing")
     folder = write_meta(tmp_path / "meta", make_llama(), n_kv_heads=2)
-    fails(lambda: LLaMA.from_pretrained(folder), "params.json: n_kv_heads 2")
+    fails(lambda: LLaMA.from_pretrained(folder), "params.json: n_kv_heads is 2")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -337,6 +347,322 @@ def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path, protocol):
             dst.writestr(name, pickle.dumps(Bomb(fuse), protocol) if name.endswith("/data.pkl") else src.read(name))
     fails(lambda: VisionTransformer.from_pretrained(tmp_path / "bomb.pt"), "bomb.pt: refused", "posix.system", "official")
     assert not fuse.exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# hostile files: refused in one line, before memory is allocated or time is lost
+
+HUGE = 10**12
+
+
+@pytest.mark.parametrize("weight_map,message", [
+    ({"norm.weight": "../outside.safetensors"}, "weight_map names '../outside.safetensors', expected"),
+    ({"norm.weight": "/etc/hostname"}, "weight_map names '/etc/hostname'"),
+    ({"norm.weight": ".."}, "weight_map names '..'"),
+    ({"norm.weight": "sub/model.safetensors"}, "weight_map names 'sub/"),
+    ({"norm.weight": ""}, "weight_map names ''"),
+    ({"norm.weight": "a\0b\nc"}, "missing shard"),
+    *((wrong, "weight_map is not") for wrong in ({"norm.weight": 3}, {"norm.weight": ["a"]}, [], None)),
+])
+def test_an_index_that_names_other_files(tmp_path, weight_map, message):
+    folder = write_hf(tmp_path / "hf", make_llama())
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    fails(lambda: weights.read_llama(folder), str(folder), message, "download it")
+
+
+WRONG_SIZES = ["32", -1, 0, 2.5, True, [32], {"a": 1}, float("nan"), float("inf"), HUGE, 10**4000]
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads",
+                                 "intermediate_size", "vocab_size", "max_position_embeddings"])
+def test_wrong_sizes_in_a_llama_config(tmp_path, key):
+    folder = write_hf(tmp_path / "hf", make_llama())
+    for value in WRONG_SIZES:
+        edit_json(folder / "config.json", **{key: value})
+        fails(lambda: weights.read_llama(folder), f"hf/config.json: {key} is ", "expected a whole number")
+
+
+@pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "max_seq_len"])
+def test_wrong_sizes_in_params_json(tmp_path, key):
+    folder = write_meta(tmp_path / "meta", make_llama())
+    for value in WRONG_SIZES:
+        edit_json(folder / "params.json", **{key: value})
+        fails(lambda: weights.read_llama(folder), f"meta/params.json: {key} is ", "expected a whole number")
+
+
+@pytest.mark.parametrize("key", ["image_size", "patch_size", "hidden_size", "num_hidden_layers",
+                                 "num_attention_heads", "cls_every"])
+def test_wrong_sizes_in_a_clip_config(tmp_path, key):
+    folder = write_hf(tmp_path / "clip", make_vit())
+    cfg = json.loads((folder / "config.json").read_text())
+    for value in WRONG_SIZES:
+        edit_json(folder / "config.json", **{**cfg, key: value})
+        fails(lambda: weights.read_clip(folder), f"clip/config.json: {key} is ", "expected a whole number")
+    edit_json(folder / "config.json", model_type="clip", vision_config={**cfg, key: "a"})
+    fails(lambda: weights.read_clip(folder), f"clip/config.json: vision_config.{key} is 'a'")
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6', expected a number above 0, at most 1"),
+    (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
+    (dict(rms_norm_eps=-1e-6), "rms_norm_eps is -1e-06"),
+    (dict(rms_norm_eps=None), "rms_norm_eps is missing"),
+    (dict(rope_theta=float("inf")), "rope_theta is inf"),
+    (dict(rope_theta=[1]), "rope_theta is a list"),
+    (dict(rope_parameters=[1]), "rope_parameters is a list, expected an object"),
+    (dict(rope_parameters={"rope_theta": "x"}), "rope_parameters.rope_theta is 'x'"),
+    (dict(num_attention_heads=3), "hidden_size is 32, expected a multiple of 6, for 3 num_attention_heads"),
+    (dict(num_attention_heads=32, num_key_value_heads=32), "expected a multiple of 64"),  # heads of odd width
+    (dict(model_type=["llama"]), "model_type is a list"),
+    (dict(hidden_act="a\nb" * 1000), "hidden_act is 'a\\nb"),
+])
+def test_wrong_values_in_a_llama_config(tmp_path, change, message):
+    folder = write_hf(tmp_path / "hf", make_llama())
+    edit_json(folder / "config.json", **change)
+    fails(lambda: weights.read_llama(folder), "hf/config.json: ", message)
+
+
+def test_json_that_is_not_a_configuration(tmp_path, monkeypatch):
+    folder = write_hf(tmp_path / "hf", make_llama())
+    deep, long = (b"[" * 10**5, b'{"model_type": ' * 10**5), b'{"a": ' + b"9" * 5000 + b"}"
+    for text in (*deep, b"\xff", b"", b"[1]", b"null", long):
+        (folder / "config.json").write_bytes(text)
+        fails(lambda: weights.read_llama(folder), "hf/config.json: ", "download it again")
+    monkeypatch.setattr(configs, "LARGEST", 10)
+    fails(lambda: weights.read_llama(folder), "hf/config.json: 5007 bytes, expected at most 10")
+    clip = write_hf(tmp_path / "clip", make_vit())
+    monkeypatch.undo()
+    edit_json(clip / "config.json", num_attention_heads=3)
+    fails(lambda: weights.read_clip(clip), "hidden_size is 64, expected a multiple of 3, for 3 num_attention")
+
+
+def odd_values() -> dict:
+    """{message: a value that is no tensor of floats}"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantised tensors are deprecated
+        return {
+            "is stored as torch.sparse_coo": torch.eye(32).to_sparse(),
+            "is stored as torch.sparse_csr": torch.eye(32).to_sparse_csr(),
+            "is a meta tensor": torch.ones(32, device="meta"),
+            "is quantised": torch.quantize_per_tensor(torch.ones(32), 0.1, 0, torch.qint8),
+            "repeats the few values": torch.ones(1).expand(32),
+            "wrong dtypes norm.weight torch.int64": torch.ones(32, dtype=torch.long),
+            "wrong dtypes norm.weight torch.complex64": torch.ones(32, dtype=torch.complex64),
+            "wrong dtypes norm.weight torch.float8_e4m3fn": torch.ones(32).to(torch.float8_e4m3fn),
+            "is 'text'": "text", "is 3": 3, "is None": None, "is a list": [], "is a dict": {}}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("message", odd_values())
+def test_pickles_of_other_things_than_tensors(tmp_path, message):
+    folder = write_meta(tmp_path / "meta", make_llama())
+    state = torch.load(folder / "consolidated.00.pth")
+    torch.save({**state, "norm.weight": odd_values()[message]}, folder / "consolidated.00.pth")
+    fails(lambda: weights.read_llama(folder), "consolidated.00.pth: ", "norm.weight", message)
+
+
+@pytest.mark.parametrize("state,message", [
+    ([torch.ones(3)], "holds a list"), (torch.ones(3), "holds a Tensor"),
+    ({3: torch.ones(3)}, "has the key 3"), ({b"norm.weight": torch.ones(3)}, "has the key a bytes"),
+    ({}, "has no tok_embeddings.weight"),
+    ({"tok_embeddings.weight": torch.ones(3)}, "does not fit dim 32 in params.json"),
+    ({"tok_embeddings.weight": torch.ones(61, 0)}, "does not fit dim 32 in params.json"),
+    ({"tok_embeddings.weight": torch.ones(61, 32), "a\nb" * 999: torch.ones(3)}, "missing layers.0"),
+])
+def test_pickles_that_are_not_tensors_by_name(tmp_path, state, message):
+    folder = write_meta(tmp_path / "meta", make_llama())
+    torch.save(state, folder / "consolidated.00.pth")
+    fails(lambda: weights.read_llama(folder), "consolidated.00.pth", message)
+
+
+@pytest.mark.parametrize("name,t,message", [
+    ("layers.0.attention.wq.weight", torch.ones(3), "wrong shapes layers.0.attention.wq.weight [3]"),
+    ("layers.0.attention.wq.weight", torch.ones(16, 31), "cannot concatenate layers.0.attention.wq.weight"),
+    ("layers.0.attention.wq.weight", torch.ones(16, 32).half(), "torch.float16"),
+    ("layers.0.attention.wq.weight", torch.ones(15, 32), "wrong shapes layers.0.attention.wq.weight [31"),
+    ("norm.weight", torch.ones(()), "wrong shapes norm.weight []"),
+])
+def test_shards_that_do_not_fit_together(tmp_path, name, t, message):
+    folder = write_meta(tmp_path / "meta", make_llama(), 2)
+    state = torch.load(folder / "consolidated.01.pth")
+    torch.save({**state, name: t}, folder / "consolidated.01.pth")
+    fails(lambda: weights.read_llama(folder), "meta", message)
+
+
+@pytest.mark.parametrize("shape", [(), (64, 63)])
+def test_q_k_and_v_that_do_not_fit_together(tmp_path, shape):
+    folder, name = write_hf(tmp_path / "clip", make_vit()), "encoder.layers.0.self_attn.k_proj.weight"
+    odd = {f"vision_model.{name}": torch.ones(shape)}
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors.update(odd))
+    fails(lambda: weights.read_clip(folder), "cannot concatenate encoder.layers.0.self_attn.q_proj", name)
+
+
+@pytest.mark.parametrize("name,t,message", [
+    ("visual.conv1.weight", torch.ones(64), "are not those of a vision transformer"),
+    ("visual.conv1.weight", torch.ones(64, 3, 0, 0), "are not those of a vision transformer"),
+    ("visual.positional_embedding", torch.ones(()), "are not those of a vision transformer"),
+    ("visual.positional_embedding", torch.ones(0, 64), "are not those of a vision transformer"),
+    ("visual.transformer.resblocks.0.attn.in_proj_weight", torch.ones(191, 64), "expected 192 rows for q, k"),
+])
+def test_shapes_that_are_not_openais(tmp_path, name, t, message):
+    state = {f"visual.{n}": p.detach() for n, p in make_vit().named_parameters()}
+    torch.save({**state, name: t}, tmp_path / "ViT.pt")
+    fails(lambda: weights.read_clip(tmp_path / "ViT.pt"), "ViT.pt: ", message)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "C64", "X9"])
+def test_a_safetensors_dtype_that_we_do_not_know(tmp_path, dtype):
+    folder = write_hf(tmp_path / "hf", make_llama())
+    size = {"C64": 8}.get(dtype, 1) * 32
+    entry = {"dtype": dtype, "shape": [32], "data_offsets": [0, size]}
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    fails(lambda: weights.read_llama(folder), "model.safetensors: ", dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["hf/model.safetensors", "hf/config.json", "meta/consolidated.00.pth",
+                                  "meta/params.json", "ViT.pt", "a.pth", "a.safetensors"])
+def test_flipped_bytes_end_in_one_line(tmp_path, name):
+    """wherever they are; one that changes a number may go unnoticed"""
+    write_hf(tmp_path / "hf", make_llama()), write_meta(tmp_path / "meta", make_llama())
+    write_openai(tmp_path / "ViT.pt", make_vit())
+    released_file(tmp_path / "a.pth", released_state(make_lavin()), True, temperature=5.0)
+    make_lavin().save(tmp_path / "a.safetensors", format="QCM-A", captions=False, max_new_tokens=8)
+    file, random = tmp_path / name, torch.Generator().manual_seed(0)
+    if name.startswith("a."):
+        read = lambda: weights.read_adapters(file)
+    else:
+        read = lambda: weights.read_clip(file) if name == "ViT.pt" else weights.read_llama(file.parent)
+    whole, failed = file.read_bytes(), 0
+    head = max(0, whole.find(b"data.pkl"))  # the part with structure
+    for i in range(60):
+        at = head if i % 2 or len(whole) < 20_000 else len(whole) - 9000  # a zip ends in its directory
+        at += torch.randint(min(9000, len(whole) - at), (1,), generator=random).item()
+        changed = bytearray(whole)
+        changed[at] ^= 1 << torch.randint(8, (1,), generator=random).item()
+        file.write_bytes(changed)
+        try:
+            read()
+        except (ValueError, OSError) as e:
+            failed += 1
+            assert str(tmp_path) in str(e) and "\n" not in str(e), e
+    assert failed
+
+
+NOT_FILES = {"pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}
+
+
+@pytest.mark.parametrize("kind", NOT_FILES)
+@pytest.mark.parametrize("layout,name", [
+    ("hf", "config.json"), ("hf", "model.safetensors"), ("hf", "model.safetensors.index.json"),
+    ("hf", "pytorch_model.bin"), ("meta", "params.json"), ("meta", "consolidated.00.pth"),
+    ("meta", "consolidated.01.pth"), ("openai", "ViT-L-14.pt"),
+])
+def test_what_is_no_regular_file_is_not_opened(tmp_path, layout, name, kind):
+    folder = tmp_path / layout
+    if layout == "hf":
+        write_hf(folder, make_llama())
+        if name != "config.json":
+            (folder / "model.safetensors").unlink()
+    elif layout == "meta":
+        write_meta(folder, make_llama(), 2)
+    else:
+        folder.mkdir()
+    (folder / name).unlink(missing_ok=True)
+    NOT_FILES[kind](folder / name)
+    read = weights.read_clip if layout == "openai" else weights.read_llama
+    fails(lambda: read(folder), f"{folder / name}: a folder, pipe or device, expected a regular file")
+
+
+@pytest.mark.parametrize("kind", NOT_FILES)
+def test_a_path_that_is_no_regular_file(tmp_path, kind):
+    for name in ("a.pt", "a.pth", "a.safetensors"):
+        NOT_FILES[kind](tmp_path / name)
+        fails(lambda: weights.read_clip(tmp_path / name), f"{name}: no such folder of CLIP weights")
+        fails(lambda: weights.read_adapters(tmp_path / name), f"{name}: no such adapter file")
+
+
+# TorchScript's data.pkl, written opcode by opcode. ) and } are an empty tuple and an empty dict, \x81 makes
+# an object, b sets its state, s and u set items, ( is a mark, t makes a tuple, R calls, q writes to the memo,
+# h reads from it, 0 drops the top of the stack, X is text, K and J are numbers.
+
+MODULE = b"c__torch__\nM\n)\x81"  # without submodules
+BIG = b"J\xff\xff\xff\x7f"  # 2^31 - 1
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+def tensor(size: bytes, stride: bytes, key: str = "0", storage: bytes = b"FloatStorage") -> bytes:
+    pid = b"(" + text("storage") + b"ctorch\n" + storage + b"\n" + text(key) + text("cpu") + b"K\4tQ"
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + pid + b"K\0" + size + stride + b"\x89" + hooks + b"tR"
+
+
+def module(name: str, value: bytes) -> bytes:
+    """one with a single parameter or submodule"""
+    return MODULE + b"}" + text(name) + value + b"sb"
+
+
+def write_archive(file: Path, pkl: bytes, compression: int = zipfile.ZIP_STORED, **members: bytes) -> Path:
+    members = {"data.pkl": b"\x80\2" + pkl + b".", "constants.pkl": b"", "data/0": bytes(16), **members}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(f"v/{name}", content)
+    return file
+
+
+def nested(name: str, depth: int) -> bytes:
+    """modules inside modules; the name is in the file once"""
+    levels = b"".join(MODULE + b"}h\0" for _ in range(depth))
+    return text(name) + b"q\x000" + levels + MODULE + b"sb" * depth
+
+
+@pytest.mark.parametrize("pkl,message", [
+    (nested("n" * 10, 600), "longer than 500 characters"),
+    (nested("n" * 10**6, 1), "longer than 500 characters"),
+    (module("a", tensor(BIG + b"\x85", b"K\0\x85")), "v/data/0 is too small for its shape"),  # stride 0
+    (module("a", tensor(BIG + BIG + b"\x86", b"K\0K\0\x86")), "v/data/0 is too small for its shape"),
+    (module("a", tensor(b"J\xff\xff\xff\xff\x85", b"K\1\x85")), "v/data/0 has an impossible shape"),  # -1
+    (module("a", tensor(text("a") + b"\x85", b"K\1\x85")), "v/data/0 has an impossible shape"),
+    (module("a", tensor(b"K\4\x85", b"K\1\x85", key="7")), "no item named 'v/data/7'"),
+    (module("a", tensor(b"K\4\x85", b"K\1\x85", storage=b"X")), "refused, because opening it would call"),
+    (MODULE + b"}K\1K\2sb", "name is not text"),
+    (MODULE + b"r\xff\xff\xff\x7f", "no vision transformer"),  # C's unpickler allocates 32 GB for this memo
+    (b"\x96\0\0\0\0\0\x10\0\0", "damaged"),  # a bytearray of 2^44 bytes
+    *((pkl, "damaged") for pkl in (MODULE + b"K\1b", b"]", b"", b"\x82\1", b"]Q")),
+    (b"ccopyreg\n_reconstructor\n", "copyreg._reconstructor"), (b"cos\nsystem\n", "os.system"),
+])
+def test_a_hostile_torchscript_archive(tmp_path, pkl, message):
+    fails(lambda: weights.read_clip(write_archive(tmp_path / "v.pt", pkl)), "v.pt: ", message)
+
+
+def test_modules_that_are_repeated_are_walked_once(tmp_path):
+    def read(pkl: bytes) -> dict:
+        found = torchscript.open_torchscript(write_archive(tmp_path / "v.pt", pkl))
+        return {name: t().tolist() for name, t in found.items()}
+
+    four = tensor(b"K\4\x85", b"K\1\x85")
+    pkl = module("t", four) + b"q\0"
+    for i in range(200):  # each module holds the one before twice: 2^200 paths to the first
+        pkl += MODULE + b"}(" + text("a") + b"h%c" % i + text("b") + b"h%cub" % i + b"q%c" % (i + 1)
+    assert read(pkl) == {"a." * 200 + "t": [0.0] * 4}
+    assert read(MODULE + b"q\0}" + text("a") + b"h\0sb") == {}  # a module that holds itself
+    state = b"}" + text("t") + four + b"sq\x000"  # one state, which fifty modules have
+    modules = b"".join(text(f"{i}") + MODULE + b"h\0b" for i in range(50))
+    assert read(state + MODULE + b"}(" + modules + b"ub") == {"0.t": [0.0] * 4}
+
+
+def test_archives_that_expand_are_refused(tmp_path):
+    def write(name: str, member: str) -> Path:
+        return write_archive(tmp_path / name, MODULE, zipfile.ZIP_DEFLATED, **{member: bytes(2 * 10**6)})
+
+    fails(lambda: weights.read_clip(write("v.pt", "data/1")), "v.pt: refused", "would expand to 2,")
+    fails(lambda: weights.read_adapters(write("a.pth", "data/1")), "a.pth: refused", "would expand to 2,")
+    assert torchscript.open_torchscript(write("code.pt", "code/x.py")) == {}  # compressed, but never read
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -407,9 +733,84 @@ def test_released_adapters_that_are_not(tmp_path):
     fails(lambda: weights.read_adapters(tmp_path / "half.pth"), "missing layers.1.adapter_attn.conv_D.weight",
           "unexpected layers.1.adapter_attn.conv_E.weight")
     fails(lambda: weights.read_adapters(tmp_path / "none.pth"), "none.pth: no such adapter file")
-    make_lavin(kind="rep").save(tmp_path / "rep.safetensors", format="QCM-A", captions=False)
-    fails(lambda: weights.export_adapters(tmp_path / "rep.safetensors", tmp_path / "rep.pth"), "rep.safetensors: text-only or plain")
+    make_lavin(kind="rep").save(tmp_path / "rep.safetensors", format="QCM-A", captions=False, max_new_tokens=8)
+    fails(lambda: weights.export_adapters(tmp_path / "rep.safetensors", tmp_path / "rep.pth"),
+          "rep.safetensors: text-only adapters or plain")
     assert not (tmp_path / "rep.pth").exists()
+
+
+@pytest.mark.parametrize("args,message", [
+    (dict(adapter_scale="big"), "args.adapter_scale is 'big', expected a number above 0"),
+    (dict(adapter_scale=True), "args.adapter_scale is True"),
+    (dict(adapter_scale=10**30), "args.adapter_scale is an int"),
+    (dict(temperature=0), "args.temperature is 0"),
+    (dict(temperature=float("nan")), "args.temperature is nan"),
+    (dict(temperature=[1]), "args.temperature is a list"),
+    (dict(temperature=argparse.Namespace(a=[[]])), "args.temperature is a Namespace"),
+    (dict(prompt_format=3), "args.prompt_format is 3, expected text"),
+    (dict(use_caption="no"), "args.use_caption is 'no', expected true or false"),
+])
+def test_released_flags_of_the_wrong_type(tmp_path, args, message):
+    file = released_file(tmp_path / "a.pth", released_state(make_lavin()), True, **args)
+    fails(lambda: weights.read_adapters(file), "a.pth: ", message, "restore the original file")
+
+
+@pytest.mark.parametrize("whole,message", [
+    ([1], "holds a list, expected tensors by name"), ({"model": 3}, "holds 3, expected tensors by name"),
+    ({"model": [torch.ones(3)]}, "holds a list"), ({"model": {}, "args": [1]}, "args is a list, expected"),
+])
+def test_released_checkpoints_of_the_wrong_type(tmp_path, whole, message):
+    torch.save(whole, tmp_path / "a.pth")
+    fails(lambda: weights.read_adapters(tmp_path / "a.pth"), "a.pth: ", message)
+
+
+@pytest.mark.parametrize("name,value,message", [
+    (3, torch.ones(3), "has the key 3"), ("a", "b", "a is 'b', expected a dense tensor"),
+    ("a", torch.eye(3).to_sparse(), "a is stored as torch.sparse_coo"),
+    ("adapter_modality_embedding.weight", torch.ones(3), "wrong shapes adapter_modality_embedding"),
+    ("adapter_proj.conv_A.bias", torch.ones(()), "wrong shapes adapter_proj.W_d.bias []"),
+    ("adapter_proj.conv_A.bias", torch.ones(8).int(), "wrong dtypes adapter_proj.conv_A.bias torch.int32"),
+    ("layers.0.adapter_attn.conv_A.bias", torch.ones(3), "lavin.adapter.dim is 3, expected an even number"),
+])
+def test_released_tensors_of_the_wrong_type(tmp_path, name, value, message):
+    torch.save({"model": {**released_state(make_lavin()), name: value}}, tmp_path / "a.pth")
+    fails(lambda: weights.read_adapters(tmp_path / "a.pth"), "a.pth: ", message)
+
+
+@pytest.mark.parametrize("section,key,value,message", [
+    ("lavin adapter", "dim", "8", "metadata lavin.adapter.dim is '8', expected an even number"),
+    ("lavin adapter", "dim", HUGE, "lavin.adapter.dim is 1000000000000"),
+    ("lavin adapter", "dim", 7, "lavin.adapter.dim is 7"),
+    ("lavin adapter", "dim", None, "lavin.adapter.dim is missing"),
+    ("lavin adapter", "tau", 0, "lavin.adapter.tau is 0"),
+    ("lavin adapter", "scale", float("nan"), "lavin.adapter.scale is nan"),
+    ("lavin adapter", "dropout", 1.0, "lavin.adapter.dropout is 1.0"),
+    ("lavin adapter", "kind", ["mm"], "lavin.adapter.kind is a list"),
+    ("lavin", "adapter", 3, "lavin.adapter is 3, expected an object"),
+    ("lavin", "neck_dim", HUGE, "lavin.neck_dim is 1000000000000"),
+    ("lavin", "vision", "yes", "lavin.vision is 'yes'"), ("lavin", "vit_routing", 3, "lavin.vit_routing is 3"),
+    ("llama", "dim", -32, "llama.dim is -32"), ("llama", "n_layers", [3], "llama.n_layers is a list"),
+    ("", "llama", None, "llama.dim is missing"), ("", "lavin", [1], "lavin is a list"),
+    ("", "base", 3, "metadata base is 3"), ("", "format", 3, "metadata format is 3"),
+    ("", "captions", 1, "metadata captions is 1"), ("", "max_new_tokens", -1, "metadata max_new_tokens is -1"),
+])
+def test_adapter_metadata_of_the_wrong_type(tmp_path, section, key, value, message):
+    file = tmp_path / "a.safetensors"
+    make_lavin().save(file, format="QCM-A", captions=False, max_new_tokens=8)
+    tensors, meta = adapters.read_adapters(file)
+    place = meta
+    for name in section.split():
+        place = place[name]
+    place[key] = value
+    adapters.write_adapters(file, tensors, meta)
+    fails(lambda: weights.read_adapters(file), "a.safetensors: ", message, "restore the original file")
+
+
+@pytest.mark.parametrize("config", ["[1]", "3", "{", "[" * 10**5, None])
+def test_adapter_metadata_that_are_no_object(tmp_path, config):
+    meta = {"format": adapters.FORMAT} | ({} if config is None else {"config": config})
+    save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors", metadata=meta)
+    fails(lambda: weights.read_adapters(tmp_path / "a.safetensors"), "a.safetensors: ", "metadata", "restore")
 
 
 def test_adapters_and_base_must_fit(tmp_path):
@@ -433,7 +834,7 @@ def test_adapters_and_base_must_fit(tmp_path):
     fails(lambda: lavin.load(path, path, clip), "a.safetensors: no such folder of LLaMA weights")
     (tmp_path / "adapters").mkdir()
     shutil.copyfile(path, tmp_path / "adapters" / "model.safetensors")
-    fails(lambda: lavin.load(path, tmp_path / "adapters", clip), "put the config.json")
+    fails(lambda: lavin.load(path, tmp_path / "adapters", clip), "config.json is missing")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -445,7 +846,7 @@ needs_real = pytest.mark.skipif(not REAL.is_file(), reason="LLaMA's tokenizer is
 def test_tokenizer_of_a_folder(tmp_path):
     tokenizer = Tokenizer(TOKENIZER)
     (tmp_path / "7B").mkdir()
-    fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 61), "7B/tokenizer.model: not there, nor one folder up")
+    fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 61), "7B/tokenizer.model: not found, neither here nor one folder up")
     shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.model")
     assert Tokenizer.from_pretrained(tmp_path / "7B", tokenizer.vocab_size).encode("a b") == tokenizer.encode("a b")
     fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 32000), f"tokenizer.model: {tokenizer.vocab_size} pieces, but the "

@@ -40,8 +40,8 @@ sys.path.insert(0, str(HERE.parent))
 import cli  # noqa: E402
 import clip  # noqa: E402
 from clip import VisionTransformer  # noqa: E402
+from official.clip_layouts import hf_names  # noqa: E402
 from tiny import scenes as S  # noqa: E402
-from weights import clip_names  # noqa: E402
 
 
 @dataclass
@@ -277,7 +277,7 @@ def train(cfg: Config) -> VisionTransformer:
 def to_hugging_face(vit: VisionTransformer) -> dict:
     """Tensors under Hugging Face's names, as weights.py will read them; fused q, k, v become three."""
     state, out = vit.state_dict(), {}
-    for ours, theirs in clip_names(vit.cfg.layers).items():
+    for ours, theirs in hf_names(vit.cfg.layers).items():
         for name, part in zip(theirs, state.pop(ours).chunk(len(theirs))):
             out["vision_model." + name] = part.to(torch.bfloat16).contiguous()
     assert not state, f"no name for {', '.join(state)}"
