@@ -3,11 +3,12 @@ import dataclasses
 import re
 import shlex
 
-from speed import bench
+from conftest import ROOT
+
 import evaluate
 import sample
 import train
-from conftest import ROOT
+from speed import bench
 
 README = (ROOT / "README.md").read_text()
 CODE = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
