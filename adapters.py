@@ -15,12 +15,12 @@ adaptation. A token t_m states which of the two the input is. In every layer a r
 adapters; it can learn to prefer one of them for images and the other for text.
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But the attention mask of the
-authors' code lets t_m see only itself, and hides t_m from all other tokens. In every layer the state of t_m thus
-depends on the modality alone, and so does w: two constant pairs per layer. The consequences: t_m runs outside the
-sequence (`LLaMA.route`); this moves all positions by one, which changes nothing, because rotary attention depends
-on differences of positions; and a trained adapter, which has no activation, is one fixed affine map per modality,
-which `fold` merges into the next projection. The ViT has no t_m. Its router reads the image's own [cls] token, so
-w differs from image to image.
+authors' code lets t_m see only itself, and hides t_m from all other tokens. In every layer the state of t_m
+thus depends on the modality alone, and so does w: two constant pairs per layer. The consequences: t_m runs
+outside the sequence (`LLaMA.route`); this moves all positions by one, which changes nothing, because rotary
+attention depends on differences of positions; and a trained adapter, which has no activation, is one fixed
+affine map per modality, which `fold` merges into the next projection. The ViT has no t_m. Its router reads
+the image's own [cls] token, so w differs from image to image.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z.
 
@@ -44,7 +44,7 @@ class AdapterConfig:
 
 
 def recompute(f, *args):
-    """Run f without keeping its intermediates; rerun it in the backward pass. For operations that are cheap."""
+    """Run f without keeping its intermediates; rerun it in the backward pass. For cheap operations."""
     if not torch.is_grad_enabled():
         return f(*args)
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
@@ -60,7 +60,7 @@ def xavier(linear: nn.Linear) -> nn.Linear:
 class GroupedLinear(nn.Module):
     """phi_u: r -> d in two groups. The first half of the outputs reads the first half of the hidden units.
 
-    Two groups halve the parameters of a dense phi_u; see RepAdapter's paper, https://arxiv.org/abs/2302.08106.
+    Two groups halve the parameters of a dense phi_u; see RepAdapter: https://arxiv.org/abs/2302.08106.
     """
 
     def __init__(self, r: int, d: int):
@@ -135,7 +135,7 @@ def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
 
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W', b') with W' z + b' = W adapter(z, w): a projection W [out, d] that has absorbed the adapter before it.
+    """(W', b') with W' z + b' = W adapter(z, w): the adapter merged into the projection W [out, d] after it.
 
     Structural re-parameterisation: W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). w [2].
     """

@@ -2,8 +2,9 @@
 
     Radford et al. 2021: https://arxiv.org/abs/2103.00020
 
-Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameters have
-OpenAI's names. LaVIN takes no final output, but the [cls] token after every fourth block: six for ViT-L/14.
+Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameters
+have OpenAI's names. LaVIN takes no final output, but the [cls] token after every fourth block: six for
+ViT-L/14.
 
 Shapes: N images, T = 1 + (image_size / patch_size)^2 tokens with [cls] first, C = width, r adapter width.
 """
@@ -38,7 +39,7 @@ PRESETS = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """CUDA's autocast returns fp32 from a LayerNorm. Cast back, or every activation behind it is fp32 as well."""
+    """CUDA's autocast returns fp32 here. Cast back, or all activations that follow are fp32 as well."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)
@@ -90,9 +91,9 @@ class Block(nn.Module):
     def adapted(self, x, keep):
         """The attention's input: normalised, then Eq. (2). There is no t_m here: the image routes itself.
 
-        Released code: a slip in the tensor layout routes every image of a batch by the first one, token by token.
-        Here: each image by its own [cls] token, which the authors say they meant. "token" equals the released code
-        run one image at a time, for adapters that were trained with it.
+        Released code: a slip in the tensor layout routes every image of a batch by the first one, token by
+        token. Here: each image by its own [cls] token, which the authors say they meant. "token" equals the
+        released code run one image at a time, for adapters that were trained with it.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:
@@ -124,7 +125,7 @@ class VisionTransformer(nn.Module):
         return self.cfg.layers // self.cfg.cls_every
 
     def forward(self, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """X [N, n_cls, C] of images [N, 3, image_size, image_size]: the [cls] token after every cls_every blocks.
+        """X [N, n_cls, C] of images [N, 3, image_size, image_size]: [cls] after every cls_every blocks.
 
         keep: units of every block's adapter that survive dropout, [layers, N, T, r]; None: no dropout.
         """
@@ -140,7 +141,7 @@ class VisionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "VisionTransformer":
-        """Read official weights; ValueError or FileNotFoundError if they are incomplete or damaged."""
+        """Read official weights; ValueError or FileNotFoundError if something is wrong."""
         sizes, tensors = weights.read_clip(path)
         with torch.device("meta"):
             model = cls(CLIPConfig(**sizes))
@@ -156,7 +157,7 @@ MEAN_STD = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"  # Pillow's others may start programs (EPS: Ghostscript)
+FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"  # for others, Pillow may start a program
 MAX_PIXELS = 50_000_000  # 150 MB once decoded
 
 
@@ -185,7 +186,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, size: int, normalize: str) -> torch.Tensor:
-    """RGB image -> [3, size, size]: bicubic, straight to a square (aspect ratio not kept, no crop), mean/std."""
+    """RGB image -> [3, size, size]: bicubic to a square (aspect ratio not kept, no crop), then mean/std."""
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     mean, std = (np.array(x, dtype=np.float32) for x in MEAN_STD[normalize])
     return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).contiguous()

@@ -1,11 +1,13 @@
 """Samples (prompts.py) -> token ids -> batches -> the order of training, and dropout's masks.
 
-A sequence is  [BOS] "Image: " X' prompt response [EOS],  or without an image  [BOS] "Image: N/A" prompt response [EOS].
-LaVIN inserts the visual tokens X'. The modality token is not in the sequence (see adapters.py). Targets are the
+    with an image    [BOS] "Image: " X' prompt response [EOS]
+    without          [BOS] "Image: N/A" prompt response [EOS]
+
+LaVIN inserts the visual tokens X'. The modality token is not in the sequence, see adapters.py. The targets are the
 response and EOS.
 
-Everything random here depends only on (seed, epoch) or (seed, step, sample), so splitting a batch over processes or
-micro-batches, and resuming a run, change nothing.
+Everything random here depends only on (seed, epoch) or (seed, step, sample), so splitting a batch over
+processes or micro-batches, and resuming a run, change nothing.
 """
 import hashlib
 from dataclasses import dataclass
@@ -46,11 +48,11 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
 
-def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tuple[list[Example], dict[str, int]]:
+def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tuple[list[Example], dict]:
     """Training examples of at most max_len tokens, and how many were kept, cut and dropped.
 
-    Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len. Both leave no target; in the
-    released code the loss then turns NaN. Released code: t_m counts, so our max_len 512 is its 513.
+    Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len. Both leave no target;
+    in the released code the loss then turns NaN. Released code: t_m counts, so our max_len 512 is its 513.
     """
     examples, count = [], {"kept": 0, "cut": 0, "dropped": 0}
     for sample in samples:
@@ -70,7 +72,8 @@ def fingerprint(examples: list[Example]) -> str:
     """A hash of all token ids and image names."""
     digest = hashlib.sha256()
     for e in examples:
-        digest.update(f"{e.head} {e.n_prompt} {e.sample.image and e.sample.image.name}".encode() + e.rest.tobytes())
+        image = e.sample.image.name if e.sample.image else ""
+        digest.update(f"{e.head} {e.n_prompt} {image}".encode() + e.rest.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -103,9 +106,9 @@ def collate(examples: list[Example], image_size: int, normalize: str,
         targets.append(e.rest[e.n_prompt:])
         begin += e.length
     predict_at, targets = np.concatenate(predict_at), np.concatenate(targets)
-    tokens, predict_at, targets = (torch.from_numpy(x.astype(np.int64)) for x in (tokens, predict_at, targets))
-    batch = Batch(tokens, pieces, [e.length for e in examples], [int(e.n_image > 0) for e in examples],
-                  predict_at, targets, image_embeds=image_embeds)
+    tokens, predict_at, targets = (torch.tensor(x, dtype=torch.long) for x in (tokens, predict_at, targets))
+    lengths, modality = [e.length for e in examples], [int(e.n_image > 0) for e in examples]
+    batch = Batch(tokens, pieces, lengths, modality, predict_at, targets, image_embeds=image_embeds)
     files = [e.sample.image for e in examples if e.n_image]
     if not files or image_embeds is not None:
         return batch
@@ -115,7 +118,7 @@ def collate(examples: list[Example], image_size: int, normalize: str,
 
 
 class Dropout(NamedTuple):
-    """Sizes of dropout's masks. The masks are made here, with the batch, so the model is free of random numbers."""
+    """Sizes of dropout's masks. They are made with the batch, so the model itself uses no random numbers."""
     p: float
     r: int  # adapter width
     layers: int  # of LLaMA
@@ -130,7 +133,7 @@ class Dropout(NamedTuple):
         return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
 
     def masks(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
-        """keep_llama and keep_vit of a Batch; seeds: one per sample, so a mask does not depend on batch-mates."""
+        """keep_llama and keep_vit of a Batch. One seed per sample: batch-mates do not change its masks."""
         llama, vit = [], []
         for e, seed in zip(examples, seeds):
             random = np.random.default_rng(seed)
@@ -138,14 +141,17 @@ class Dropout(NamedTuple):
             if e.n_image:
                 vit.append(random.random((self.vit_blocks, self.vit_tokens, self.r), np.float32) >= self.p)
         masks = {"keep_llama": torch.from_numpy(np.concatenate(llama, axis=1)[:, None])}
-        return masks | ({"keep_vit": torch.from_numpy(np.stack(vit, axis=1))} if vit and self.vit_blocks else {})
+        if vit and self.vit_blocks:
+            masks["keep_vit"] = torch.from_numpy(np.stack(vit, axis=1))
+        return masks
 
 
 def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[list[list[int]]]:
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro` samples.
 
-    Samples are sorted by length and dealt like cards, forth and back, so all ranks carry nearly the same number of
-    tokens. Each rank deals its share to its micro-batches in the same way, since the largest sets the peak memory.
+    Samples are sorted by length and dealt like cards, forth and back, so all ranks carry nearly the same
+    number of tokens. Each rank deals its share to its micro-batches in the same way, since the largest sets
+    the peak memory.
     """
     def dealt(cards: list[int], players: int) -> list[list[int]]:
         hands = [[] for _ in range(players)]
@@ -158,12 +164,13 @@ def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[
 
 
 class Steps(torch.utils.data.Dataset):
-    """Item k: the micro-batches of this rank at optimizer step k, and the number of targets over all ranks."""
+    """Item k: this rank's micro-batches of optimizer step k, and the number of targets over all ranks."""
 
     def __init__(self, examples: list[Example], batch_size: int, micro: int, rank: int, ranks: int, seed: int,
                  image_size: int, normalize: str, dropout: Dropout | None = None):
-        self.examples, self.batch_size, self.micro, self.rank, self.ranks = examples, batch_size, micro, rank, ranks
-        self.seed, self.image_size, self.normalize, self.dropout = seed, image_size, normalize, dropout
+        self.examples, self.batch_size, self.micro = examples, batch_size, micro
+        self.rank, self.ranks, self.seed = rank, ranks, seed
+        self.image_size, self.normalize, self.dropout = image_size, normalize, dropout
         self.lengths = [e.length for e in examples]
         self.per_epoch = -(-len(examples) // batch_size)
         self.epoch, self.order = None, None
@@ -190,7 +197,7 @@ class Steps(torch.utils.data.Dataset):
 
 
 def load(steps: Steps, which: range, workers: int, pin_memory: bool) -> Iterator[tuple[list[Batch], int]]:
-    """These items of `steps`, decoded by worker processes. A worker's error loses the traceback around its line."""
+    """Items of `steps`, prepared by worker processes. A worker's error is reduced to its own line."""
     try:
         yield from torch.utils.data.DataLoader(steps, batch_size=None, sampler=which, num_workers=workers,
                                                pin_memory=pin_memory)

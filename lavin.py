@@ -3,14 +3,14 @@
     Luo et al., "Cheap and Quick: Efficient Vision-Language Instruction Tuning for LLMs", NeurIPS 2023:
     https://arxiv.org/abs/2305.15023
 
-This file holds what joins the models: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq. 5),
-generation (Eq. 8). The name of every module that trains begins with `adapter_`.
+This file holds what joins the models: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq.
+5), generation (Eq. 8). The name of every module that trains begins with `adapter_`.
 
-Precision: with a bf16 base, matrix products run in bf16 (`autocast`). The adapters are stored in fp32. Norms, the
-router's softmax and the loss are computed in fp32.
+Precision: with a bf16 base, matrix products run in bf16 (`autocast`). The adapters are stored in fp32. Norms,
+the router's softmax and the loss are computed in fp32.
 
-Shapes: B samples, T tokens, C LLaMA's width, n [cls] tokens per image, v ViT width, h neck width, L LLaMA layers,
-V vocabulary.
+Shapes: B samples, T tokens, C LLaMA's width, n [cls] tokens per image, v ViT width, h neck width, L LLaMA
+layers, V vocabulary.
 """
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -59,8 +59,8 @@ class Neck(nn.Module):
 def negative_log_likelihood(h: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """- sum of log p(target) in fp32, with p = softmax(h W^T); h [n, C], W [V, C] frozen, targets [n].
 
-    All n x V logits at once would dominate the memory. So LOSS_ROWS rows at a time, compute the loss together with
-    its gradient with respect to h, and keep only the gradient.
+    All n x V logits at once would dominate the memory. So LOSS_ROWS rows at a time, compute the loss together
+    with its gradient with respect to h, and keep only the gradient.
     """
     loss, gradients = torch.zeros((), device=h.device), []
     for h_i, targets_i in zip(h.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
@@ -69,7 +69,7 @@ def negative_log_likelihood(h: torch.Tensor, W: torch.Tensor, targets: torch.Ten
             loss_i = -log_p.gather(1, targets_i[:, None]).sum()
         gradients += torch.autograd.grad(loss_i, h_i)
         loss += loss_i.detach()
-    return loss + (torch.cat(gradients) * (h - h.detach())).sum()  # adds 0 to the value, and the gradient of h
+    return loss + (torch.cat(gradients) * (h - h.detach())).sum()  # adds 0, whose gradient is that of h
 
 
 class LaVIN(nn.Module):
@@ -101,7 +101,8 @@ class LaVIN(nn.Module):
         """w [L, 2, 2]: each layer's routing weights for TEXT and for IMAGE; None without a router."""
         if self.cfg.adapter.kind != "mm" or self.folded:
             return None
-        m, E_m = torch.eye(2, device=self.device), self.adapter_modality_embedding.weight  # both one-hot m at once
+        m = torch.eye(2, device=self.device)  # both one-hot m at once
+        E_m = self.adapter_modality_embedding.weight
         t_m = m @ E_m  # Eq. (1): t_m = m E_m, [2, C]
         return self.llama.route(t_m.to(self.llama.norm.weight.dtype))
 
@@ -123,9 +124,10 @@ class LaVIN(nn.Module):
             images = self.encode_images(batch) if IMAGE in batch.modality else ()
         Z, images = [], iter(images)
         for m, head, rest in zip(batch.modality, words[::2], words[1::2]):
-            # The paper puts X' before the text; the released code and this code put it after [BOS] "Image: ".
+            # t_m runs apart, see LLaMA.route. The paper puts X' before the text Y; the released code and this
+            # code put it after [BOS] "Image: ", the head of Y.
             X = [next(images).type_as(head)] if m == IMAGE else []
-            Z.append(torch.cat([head, *X, rest]))  # Eq. (7): Z = [t_m, X', Y] or [t_m, Y]; t_m: see LLaMA.route
+            Z.append(torch.cat([head, *X, rest]))  # Eq. (7): Z = [t_m, X', Y] or [t_m, Y]
         return Z
 
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -140,8 +142,9 @@ class LaVIN(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Eq. (5) for one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
 
-        train.py divides the sum by the number of targets in the global batch, so every split of that batch gives
-        the same update. Released code: averages the means of the micro-batches, so its update depends on the split.
+        train.py divides the sum by the number of targets in the global batch, so every split of that batch
+        gives the same update. Released code: averages the means of the micro-batches, so its update depends
+        on the split.
         """
         h = self.hidden(batch)
         # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s = 1 .. S+1 includes EOS
@@ -149,10 +152,10 @@ class LaVIN(nn.Module):
 
     @torch.no_grad()
     def fold(self, *modalities: int) -> "LaVIN":
-        """Merge LLaMA's adapters into wq, wk and wv for answering in these modalities: the adapters then cost nothing.
+        """Merge LLaMA's adapters into wq, wk and wv, one set per modality. The adapters then cost nothing.
 
-        A second modality needs a second copy of the three matrices. The ViT's adapters stay, because their routing
-        weights depend on the image. A folded model can no longer be trained or saved.
+        A second modality needs a second copy of the three matrices. The ViT's adapters stay, because their
+        routing weights depend on the image. A folded model can no longer be trained or saved.
         """
         with self.autocast():
             w = self.routing()
@@ -172,50 +175,49 @@ class LaVIN(nn.Module):
         self.entered = modality
         for i in layers or range(len(self.llama.layers)):
             a, (W, b) = self.llama.layers[i].attention, self.folded[modality][i]
-            for linear, W_i, b_i in zip((a.wq, a.wk, a.wv), W.chunk(3), (None,) * 3 if b is None else b.chunk(3)):
-                linear.weight = nn.Parameter(W_i, requires_grad=False)
-                linear.bias = None if b is None else nn.Parameter(b_i, requires_grad=False)
+            for linear, W_i, b_i in zip((a.wq, a.wk, a.wv), W.chunk(3), b.chunk(3)):
+                linear.weight, linear.bias = (nn.Parameter(x, requires_grad=False) for x in (W_i, b_i))
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
-        """Read the prompts; return logits [B, V] of the next token, a cache for `room` more, and routing weights."""
+        """Read the prompts -> logits [B, V] of the next token, a cache with room for more, routing weights"""
         with self.autocast():
             w = self.routing()
             w = None if w is None else w[:, batch.modality, None]  # [L, B, 1, 2]
             Z = pad_sequence(self.embed(batch), batch_first=True)  # [B, T, C]
-            cache = KVCache(self.llama.cfg, len(Z), Z.shape[1] + room, self.device, self.llama.norm.weight.dtype)
+            cache = KVCache(self.llama.cfg, len(Z), Z.shape[1] + room, Z.device, Z.dtype)
             lengths = torch.tensor(batch.lengths, device=self.device)
             h = self.llama.prefill(Z, w, lengths, cache)[torch.arange(len(Z)), lengths - 1]  # [B, C]
             return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read one more token of each row, [B]; return logits [B, V] of the next."""
+        """Read one more token of each row, [B] -> logits [B, V] of the next"""
         with self.autocast():
             h = self.llama.decode(self.llama.tok_embeddings(token[:, None]), w, cache)
             return self.llama.output(h[:, 0]).float()
 
     @torch.inference_mode()
-    def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
-               seed: int = 0, step: Callable | None = None) -> Iterator[list[int | None]]:
+    def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
+               top_p: float = 0.75, seed: int = 0, step: Callable | None = None) -> Iterator[list]:
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
-        Rows may differ in length and modality. A row's answer does not depend on its batch-mates, since all rows use
-        the same random number. ValueError if a prompt does not fit the context. step(token, cache) replaces
-        `decode` for speed.
+        Rows may differ in length and modality. A row's answer does not depend on its batch-mates, since all
+        rows use the same random number. ValueError if a prompt does not fit the context. step(token, cache)
+        replaces `decode` for speed.
         """
-        longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
-        if longest >= context:  # released code: cuts the prompt silently
-            raise ValueError(f"the prompt has {longest} tokens; this LLaMA's context holds {context}, answer included")
+        n, context = max(batch.lengths), self.llama.cfg.max_seq_len
+        if n >= context:  # released code: cuts the prompt silently
+            raise ValueError(f"the prompt has {n} tokens; the context holds {context}, answer included")
         if self.folded:
             assert len(set(batch.modality)) == 1, "a folded model answers one modality at a time"
             self.enter(batch.modality[0])
-        max_new_tokens, random = min(max_new_tokens, context - longest), torch.Generator().manual_seed(seed)
+        max_new_tokens, random = min(max_new_tokens, context - n), torch.Generator().manual_seed(seed)
         done, token = [False] * len(batch.lengths), None
         for _ in range(max_new_tokens):
             if token is None:
                 logits, cache, w = self.prefill(batch, max_new_tokens)
             else:
                 logits = step(token, cache) if step else self.decode(w, token, cache)
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): sample one factor after the other
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): one factor after the other
             token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
@@ -230,8 +232,8 @@ class LaVIN(nn.Module):
 
     def save(self, path: str | Path, **meta) -> None:
         """Write the adapters, with everything needed to rebuild this model around the same base."""
-        meta = {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg), "base": weights.fingerprint(self), **meta}
-        write_adapters(path, adapters.trainable(self), meta)
+        sizes = {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg)}
+        write_adapters(path, adapters.trainable(self), sizes | {"base": weights.fingerprint(self)} | meta)
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:

@@ -2,15 +2,16 @@
 
     Touvron et al. 2023: https://arxiv.org/abs/2302.13971
 
-Official weights come from Meta on request, or from the Hugging Face hub; weights.py reads both layouts. Parameters
-have Meta's names. The tokenizer is in official/tokenizer.py.
+Official weights come from Meta on request, or from the Hugging Face hub; weights.py reads both layouts.
+Parameters have Meta's names. The tokenizer is in official/tokenizer.py.
 
-There are three ways through the blocks. `forward` trains on whole sequences, packed end to end without padding.
-`prefill` reads prompts into a cache. `decode` reads one more token per row. Only the keys that a query sees differ.
+There are three ways through the blocks. `forward` trains on whole sequences, packed end to end without
+padding. `prefill` reads prompts into a cache. `decode` reads one more token per row. Only the keys that a
+query sees differ.
 
-What one block keeps of a token for the backward pass: x, q, k, v, the attention's output and its log-sums, x after
-the attention, and the two halves of SwiGLU. Frozen projections keep nothing, because their weights need no gradient.
-Norms, adapters and the SwiGLU product are recomputed.
+What one block keeps of a token for the backward pass: x, q, k, v, the attention's output and its log-sums, x
+after the attention, and the two halves of SwiGLU. Frozen projections keep nothing, because their weights need
+no gradient. Norms, adapters and the SwiGLU product are recomputed.
 
 Shapes: B rows, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
@@ -79,15 +80,16 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torc
 class KVCache:
     """Keys and values of B rows, [L, B, H, S, D]. Slot s of a row holds its token at position s.
 
-    Rows may differ in length. The padding of a shorter prompt fills slots that the row's next tokens overwrite, and
-    no query looks beyond its own position.
+    Rows may differ in length. The padding of a shorter prompt fills slots that the row's next tokens
+    overwrite, and no query looks beyond its own position.
     """
 
     def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
         shape = cfg.n_layers, B, cfg.n_heads, S, cfg.dim // cfg.n_heads
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.rows = torch.arange(B, device=device)[:, None]
-        self.lengths, self.filled = torch.zeros_like(self.rows[:, 0]), 0  # tokens in each row, and in the longest
+        self.lengths = torch.zeros_like(self.rows[:, 0])  # tokens in each row
+        self.filled = 0  # tokens in the longest row
 
     def grow(self) -> torch.Tensor:
         """Count one more token in each row; return its positions [B]."""
@@ -95,7 +97,7 @@ class KVCache:
         return self.lengths - 1
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
-        """Store k, v [B, T, H, D] at positions [B or 1, T]; return the keys and values so far, [B, filled, H, D]."""
+        """Store k, v [B, T, H, D] at positions [B or 1, T]; return all keys and values, [B, filled, H, D]."""
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):  # cache [B, H, S, D]
             cache[self.rows, :, positions] = new
         return tuple(cache[layer, :, :, :self.filled].transpose(1, 2) for cache in (self.k, self.v))
@@ -113,7 +115,7 @@ class Attention(nn.Module):
         return self.wo(attend(q, k, v).reshape(B, T, C))
 
     def alone(self, z):
-        """A token z [.., C] that sees only itself: softmax over one score is 1, so the output is its own value."""
+        """A token z [.., C] that sees only itself. Softmax over one score is 1: it reads its own value."""
         return self.wo(self.wv(z))
 
 
@@ -140,7 +142,7 @@ class Block(nn.Module):
         return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)
 
     def forward(self, x, w, attend, keep=None):
-        """x [B, T, C], w: routing weights, attend(q, k, v): attention over the visible keys, keep: see adapters"""
+        """x [B, T, C]; w: routing weights; attend(q, k, v): attention over the keys that a query sees"""
         x = x + self.attention(recompute(self.adapted, x, w, keep), attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
@@ -148,14 +150,14 @@ class Block(nn.Module):
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg, self.checkpoint = cfg, False  # checkpoint: keep only the input of each block for the backward
+        self.cfg, self.checkpoint = cfg, False  # checkpoint: keep only each block's input for the backward
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, keep=None) -> torch.Tensor:
-        """Training: sequences of these lengths, packed end to end in x [1, T, C]. Default: one sequence per row.
+        """Training: sequences of these lengths, packed end to end in x [1, T, C]. None: each row is one.
 
         x     embeddings [B, T, C], or token ids [B, T]
         w     routing weights of every layer, [L, B or 1, T or 1, 2]; None without a router
@@ -173,7 +175,7 @@ class LLaMA(nn.Module):
         return self.blocks(x, w, positions, attend, keep)
 
     def prefill(self, x, w, lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read prompts x [B, T, C], padded to the longest of `lengths` [B], into an empty cache -> [B, T, C]"""
+        """Read prompts x [B, T, C] of `lengths` [B], padded at their ends, into a new cache -> [B, T, C]"""
         positions = torch.arange(x.shape[1], device=x.device)
         cache.lengths, cache.filled = lengths, x.shape[1]
 
@@ -210,8 +212,9 @@ class LLaMA(nn.Module):
     def route(self, t: torch.Tensor) -> torch.Tensor:
         """Routing weights [L, M, 2] of M modality tokens t [M, C].
 
-        A modality token sees only itself, and no other token sees it. So it passes through the layers on its own,
-        once per batch. Each layer's router reads its normalised state. Released code: dropout here too. Here: none.
+        A modality token sees only itself, and no other token sees it. So it passes through the layers on its
+        own, once per batch. Each layer's router reads its normalised state. Released code: dropout here too.
+        Here: none.
         """
         routing = []
         for layer in self.layers:
@@ -223,7 +226,7 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "LLaMA":
-        """Read a folder of official weights; ValueError or FileNotFoundError if it is incomplete or damaged."""
+        """Read a folder of official weights; ValueError or FileNotFoundError if something is wrong."""
         sizes, tensors = weights.read_llama(path)
         with torch.device("meta"):
             model = cls(LLaMAConfig(**sizes))

@@ -61,8 +61,8 @@ def say(conversation: Conversation, prompt: str, cfg: Config) -> None:
 
 def chat(conversation: Conversation, cfg: Config) -> None:
     """Turns from stdin until it ends. A mistake in a turn is reported and costs nothing."""
-    print("Ask a question. /image PATH shows another image, /reset forgets the turns, Ctrl-C stops an answer; "
-          "an empty line or Ctrl-D ends the chat.", file=sys.stderr)
+    print("Ask a question. /image PATH shows another image, /reset forgets the turns. Ctrl-C stops an answer, "
+          "Ctrl-D or an empty line ends the chat.", file=sys.stderr)
     line = cfg.prompt.strip()
     while True:
         if not line:
@@ -87,7 +87,8 @@ def chat(conversation: Conversation, cfg: Config) -> None:
 
 def main() -> None:
     cfg = cli.parse(Config)
-    if not (cfg.prompt or cfg.image or cfg.chat or cfg.routing or any(a.startswith("--prompt") for a in sys.argv)):
+    prompt_given = any(word.startswith("--prompt") for word in sys.argv)  # even if it is empty
+    if not (prompt_given or cfg.image or cfg.chat or cfg.routing):
         cfg.image, cfg.prompt = DEMO
         print(f"{cfg.image}: {cfg.prompt}", file=sys.stderr)
     if not (cfg.chat or cfg.routing or cfg.prompt.strip()):

@@ -1,15 +1,15 @@
 """Train LaVIN's adapters: mixture-of-modality training, section 3.1 of the paper.
 
-    python train.py                                                          the embedded small world, on a CPU
-    python train.py --recipe paper --llama 7B --clip ViT-L-14 --data ScienceQA                          one GPU
-    torchrun --nproc_per_node 8 train.py --recipe paper --llama 7B --clip ViT-L-14 --data ScienceQA   eight GPUs
+    python train.py                                      the embedded small world, on a CPU
+    python train.py --recipe paper --llama LLaMA-7B --clip ViT-L-14 --data ScienceQA       one GPU
+    torchrun --nproc_per_node 8 train.py --recipe paper ..                                 eight GPUs
 
-Data parallelism is written out. A global batch is split over ranks, accumulation steps and micro-batches. Each rank
-adds up the gradients of its samples, one all-reduce sums the few million adapter gradients over the ranks, and every
-rank takes the same optimizer step. The result does not depend on the split.
+Data parallelism is written out. A global batch is split over ranks, accumulation steps and micro-batches.
+Each rank adds up the gradients of its samples, one all-reduce sums the few million adapter gradients over the
+ranks, and every rank takes the same optimizer step. The result does not depend on the split.
 
-The folder --out holds adapters.safetensors, checkpoint.pt and log.jsonl. --resume continues from checkpoint.pt; on a
-CPU the result has the same bits as a run that was never stopped.
+The folder --out holds adapters.safetensors, checkpoint.pt and log.jsonl. --resume continues from
+checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
 """
 import dataclasses
 import math
@@ -40,7 +40,7 @@ class Config:
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights
-    data: str = "tiny/data"  # folder in ScienceQA's layout, or a mixture such as alpaca:FILE,llava:PATH (prompts.py)
+    data: str = "tiny/data"  # folder in ScienceQA's layout, or a mixture such as alpaca:FILE,llava:PATH
     out: str = "out"  # folder of the run
     resume: bool = False  # continue from OUT/checkpoint.pt
     # model: the choices of Table 2
@@ -68,8 +68,8 @@ class Config:
     seed: int = 0  # [0, inf) of initial adapters, data order and dropout
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
-    dry_run: bool = False  # print memory and time instead of training; --llama and --clip may be names: 7B, ViT-L/14
-    checkpoint: bool = False  # keep only the input of each LLaMA block: a fifth of the activations, 1.4 x the work
+    dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
+    checkpoint: bool = False  # keep only the input of each LLaMA block: less memory, 1.4 x the work
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     workers: int = -1  # [-1, inf) processes that decode images; -1: 4 with a GPU, none on a CPU
@@ -80,9 +80,9 @@ class Config:
     max_new_tokens: int = 40  # [1, inf) longest answer
 
 
-PAPER = dict(format="QCM-ALE", normalize="imagenet", epochs=20.0, warmup=2.0, micro_batch=4, lr=9e-3, dropout=0.1,
-             max_len=512, max_new_tokens=256)
-RECIPES = {"tiny": {}, "paper": PAPER}
+RECIPES = {"tiny": {}, "paper": dict(
+    format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, epochs=20.0, warmup=2.0, micro_batch=4,
+    lr=9e-3, max_new_tokens=256)}
 
 
 def schedule(step: int, warmup: int, total: int) -> float:
@@ -102,21 +102,22 @@ def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.o
 
 
 # a resumed run must share these with the run that it continues; folders, machine and logging may change
-FIXED = ("vision", "vit_adapters", "adapter", "adapter_dim", "scale", "tau", "dropout", "normalize", "format",
-         "captions", "max_len", "epochs", "warmup", "batch_size", "lr", "weight_decay", "beta2", "clip_grad", "seed")
+FIXED = ("vision vit_adapters adapter adapter_dim scale tau dropout normalize format captions max_len epochs "
+         "warmup batch_size lr weight_decay beta2 clip_grad seed").split()
 
 
 def save_checkpoint(path: Path, model: LaVIN, optimizer, step: int, run: dict) -> None:
-    adapters = {name: p.detach() for name, p in trainable(model).items()}
-    write_checkpoint(path, {"step": step, "run": run, "optimizer": optimizer.state_dict(), "adapters": adapters})
+    write_checkpoint(path, {"step": step, "run": run, "optimizer": optimizer.state_dict(),
+                            "adapters": {name: p.detach() for name, p in trainable(model).items()}})
 
 
 def load_checkpoint(path: Path, model: LaVIN, optimizer, run: dict) -> int:
     """Restore adapters and optimizer, return the number of steps done; ValueError if it is of another run."""
     state = read_checkpoint(path)
     for name, value in run.items():
-        if state["run"].get(name) != value:
-            raise ValueError(f"{path}: --resume continues a run with {name} {state['run'].get(name)}, not {value}")
+        before = state["run"].get(name)
+        if before != value:
+            raise ValueError(f"{path}: --resume continues a run with {name} {before}, not {value}")
     fill(trainable(model), state["adapters"], path)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
@@ -130,14 +131,14 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
     tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
     if cfg.max_len > llama.cfg.max_seq_len:
-        raise ValueError(f"--max_len {cfg.max_len} is more than this LLaMA's context of {llama.cfg.max_seq_len}")
+        raise ValueError(f"--max_len {cfg.max_len}: more than the LLaMA's context of {llama.cfg.max_seq_len}")
     torch.manual_seed(cfg.seed)  # every rank starts with the same adapters
     adapter = AdapterConfig(cfg.adapter, cfg.adapter_dim, cfg.scale, cfg.tau, cfg.dropout)
     model = LaVIN(llama, vit, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters, normalize=cfg.normalize))
     return model.to(device), tokenizer
 
 
-def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list[data.Example], list[prompts.Sample]]:
+def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, list]:
     """Model, tokenizer, training examples, and the problems to answer after training."""
     mixture = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision))
                for source in prompts.mixture(cfg.data)]
@@ -160,8 +161,8 @@ def check_losses(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
     if bad:
         step = last - len(losses) + bad[0]
         ids = " ".join(steps.examples[i].sample.id for i in steps.chosen(step))
-        raise ValueError(f"the loss of step {step} is not finite; its samples: {ids}. Nothing was saved after the last "
-                         "checkpoint. Start again with a lower --lr or with --clip_grad 1, or look at these samples")
+        raise ValueError(f"the loss of step {step} is not finite; its samples: {ids}. Nothing was saved since "
+                         "the last checkpoint. Start again with a lower --lr or --clip_grad 1, or look at them")
 
 
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
@@ -178,8 +179,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     params = trainable(model)
     n_params = sum(p.numel() for p in params.values())
     accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
-    say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {warmup} of them warm-up, of "
-        f"{accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = {cfg.batch_size}; "
+    say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {warmup} of them warm-up; "
+        f"{accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = {cfg.batch_size} samples; "
         f"peak lr {peak_lr:.2e}")
 
     # one buffer holds all gradients and the loss, so one all-reduce serves a step; p.grad are views of it
@@ -236,8 +237,9 @@ def main() -> None:
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if device.index is None and local >= torch.cuda.device_count():
-            raise ValueError(f"more processes than GPUs; --nproc_per_node {torch.cuda.device_count()}, or --device cpu")
+        gpus = torch.cuda.device_count()
+        if device.index is None and local >= gpus:
+            raise ValueError(f"more processes than GPUs; use --nproc_per_node {gpus}, or --device cpu")
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if cli.processes()[0] == 0 and Config.data in (source.path for source in prompts.mixture(cfg.data)):

@@ -59,7 +59,7 @@ def read_adapters(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of 64 values of every frozen tensor of a LaVIN. Copies in fp32 and bf16 have the same fingerprint."""
+    """A hash of 64 values of every frozen tensor of a LaVIN; the same for copies in fp32 and bf16."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if "adapter_" not in name:

@@ -45,7 +45,7 @@ class Conversation:
                         self.model.vit.n_cls if self.image else 0)
         context, kept = self.model.llama.cfg.max_seq_len, len(self.turns)
         if e.length >= context:
-            raise ValueError(f"the prompt has {e.length} tokens; this LLaMA's context holds {context}, answer included")
+            raise ValueError(f"the prompt has {e.length} tokens; the context holds {context}, answer included")
         while self.turns and e.length + sum(map(len, self.turns)) + max_new_tokens > context:
             self.turns.pop(0)
         if len(self.turns) < kept:

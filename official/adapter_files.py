@@ -1,7 +1,7 @@
-"""Our own files. Adapters: safetensors in fp32, with JSON metadata. Checkpoints: what a stopped run continues from.
+"""Our own files: adapters, and the checkpoints of a training run.
 
-The metadata rebuild the model around its base: configuration, sizes and fingerprint of the base, prompt format. The
-checkpoints that the authors released are in released.py.
+An adapter file is safetensors in fp32. Its metadata rebuild the model around its base: configuration, sizes
+and fingerprint of the base, prompt format. The checkpoints that the authors released are in released.py.
 """
 import io
 import json
@@ -62,7 +62,7 @@ def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def fill(params: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Copy `tensors` into `params`; ValueError unless every name and every shape matches and all are finite."""
+    """Copy `tensors` into `params`; ValueError unless names and shapes match and all values are finite."""
     shapes = [f"{n} {list(tensors[n].shape)}, the model has {list(params[n].shape)}"
               for n in params.keys() & tensors.keys() if params[n].shape != tensors[n].shape]
     for problem, names in (("lacks", sorted(params.keys() - tensors.keys())),

@@ -16,11 +16,11 @@ def tokenizer_path(path: str | Path) -> Path:
 
 class Tokenizer:
     def __init__(self, path: str | Path, vocab_size: int | None = None):
-        """path: tokenizer.model, or a folder of LLaMA weights; ValueError if it has not `vocab_size` pieces."""
+        """path: tokenizer.model or a folder of LLaMA weights. ValueError if it has another vocab_size."""
         from sentencepiece import SentencePieceProcessor
         file = Path(path) if Path(path).suffix == ".model" else tokenizer_path(path)
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such tokenizer; tokenizer.model comes with the LLaMA weights")
+            raise FileNotFoundError(f"{file}: no such tokenizer; it comes with the LLaMA weights")
         try:
             self.sp = SentencePieceProcessor(model_file=str(file))
         except Exception:
@@ -44,7 +44,7 @@ class Tokenizer:
         return self.sp.decode(ids)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Decode ids one by one. A character may take several byte tokens: it is held back until it is complete."""
+        """Decode ids one by one. A character of several byte tokens is held back until it is complete."""
         seen, printed = [], ""
         for id in ids:
             seen.append(id)

@@ -31,7 +31,8 @@ def bare(model: LaVIN) -> LaVIN:
     model.folded = {IMAGE: []}
     for layer in model.llama.layers:
         a, layer.adapter_attn = layer.attention, None
-        model.folded[IMAGE].append((torch.cat([a.wq.weight, a.wk.weight, a.wv.weight]), None))
+        W = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight])
+        model.folded[IMAGE].append((W, W.new_zeros(len(W))))
     model.enter(IMAGE)
     return model
 

@@ -320,7 +320,7 @@ def test_compiling_without_a_compiler_is_one_line(lavin, monkeypatch):
 
 
 def test_prompt_longer_than_the_context(lavin):
-    with pytest.raises(ValueError, match="the prompt has 72 tokens; this LLaMA's context holds 64"):
+    with pytest.raises(ValueError, match="the prompt has 72 tokens; the context holds 64"):
         lavin.generate(make_batch([([5] * 70, 0, False)]), 4, eos=2)
     # an answer ends where the context does
     assert len(lavin.generate(make_batch([([5] * 60, 0, False)]), 9, eos=-1)[0]) == 2

@@ -89,7 +89,7 @@ def test_chat_commands(ask, tmp_path):
 def test_a_question_too_long_costs_no_turn(ask):
     question = "What is the opposite of hot? (A) wet (B) old (C) cold"
     out, err = ask("--chat", stdin=f"{question}\n{'word ' * 300}\n{question}\n")
-    assert len(out.splitlines()) == 2 and "this LLaMA's context holds 256, answer included" in err and "forgotten" not in err
+    assert len(out.splitlines()) == 2 and "the context holds 256, answer included" in err and "forgotten" not in err
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(ask):

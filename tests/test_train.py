@@ -164,7 +164,7 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
     assert "nothing to resume from" in message("--resume")
     assert message(micro_batch=0) == "2" and "--micro_batch 0: expected a number of at least 1" in capsys.readouterr().err
     assert "adapter width 7: expected an even number" in message(adapter_dim=7)
-    assert "more than this LLaMA's context" in message(max_len=10 ** 6)
+    assert "more than the LLaMA's context" in message(max_len=10 ** 6)
     assert "no sample of the train split" in message(max_len=2)
     assert fails(monkeypatch, ["--batchsize", "3"]) == "2"
     assert "unknown flag --batchsize; did you mean --batch_size" in capsys.readouterr().err
