@@ -1,42 +1,36 @@
-"""The trained part of LaVIN: RepAdapters, the router that mixes two of them, freezing, folding, adapter files.
+"""What LaVIN trains: RepAdapters, the router that mixes two of them, freezing and folding.
 
-    LaVIN, Luo et al., NeurIPS 2023: https://arxiv.org/abs/2305.15023
+    Luo et al., NeurIPS 2023: https://arxiv.org/abs/2305.15023
 
-One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention of the frozen models:
+One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention of the two frozen models:
 
-    z ──┬──────────────────────────────────────────────────────────────── + ──> z'     Eq. (2)
-        │                        ┌── phi_u1 ── f_a1(z) ── x w[0] ──┐      │
-        └── phi_d ── dropout ────┤                                 + ─ x s ┘
-                                 └── phi_u2 ── f_a2(z) ── x w[1] ──┘
-    t_m ── f_w ── / tau ── softmax ── w                                                Eq. (3)
+    z ──┬──────────────────────────────────────────────────────────── + ──> z'        Eq. (2)
+        │                      ┌── phi_u1 ── f_a1(z) ── x w_0 ──┐     │
+        └── phi_d ── dropout ──┤                                + ── x s
+                               └── phi_u2 ── f_a2(z) ── x w_1 ──┘
+    t_m ── f_w ── / tau ── softmax ── w_0, w_1                                        Eq. (3)
 
 Why a modality token. One LLM has to serve text alone and text with an image, and the two need different
 adaptation. A token t_m states which of the two the input is. In every layer a router reads t_m and mixes two
-adapters: if a modality needs its own adaptation, the router can learn to prefer one of them.
+adapters; it can learn to prefer one of them for images and the other for text.
 
-Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But the mask of the authors' code
-lets t_m see only itself and hides it from all other tokens. In every layer the state of t_m therefore depends on
-the modality alone, and so do the weights w: two constant pairs per layer. We use this in three ways. t_m runs
-outside the sequence (`LLaMA.route`); leaving it out moves all positions by one, which changes nothing, because
-rotary attention depends only on differences of positions. Once trained, an adapter is one fixed affine map per
-modality, because it contains no activation, and `fold` merges it into the next projection at no cost. In the ViT
-there is no t_m. The router reads the image's own [cls] token, so w differs from image to image.
+Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But the attention mask of the
+authors' code lets t_m see only itself, and hides t_m from all other tokens. In every layer the state of t_m thus
+depends on the modality alone, and so does w: two constant pairs per layer. The consequences: t_m runs outside the
+sequence (`LLaMA.route`); this moves all positions by one, which changes nothing, because rotary attention depends
+on differences of positions; and a trained adapter, which has no activation, is one fixed affine map per modality,
+which `fold` merges into the next projection. The ViT has no t_m. Its router reads the image's own [cls] token, so
+w differs from image to image.
 
-Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z: training starts from
-exactly the pretrained model.
+Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z.
 
-Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8), L layers.
+Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8).
 """
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
 
@@ -50,23 +44,23 @@ class AdapterConfig:
 
 
 def recompute(f, *args):
-    """Run f without keeping its intermediates; the backward pass runs it again. For cheap, wide operations."""
+    """Run f without keeping its intermediates; rerun it in the backward pass. For operations that are cheap."""
     if not torch.is_grad_enabled():
         return f(*args)
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def xavier(linear: nn.Linear) -> nn.Linear:
-    """Xavier-uniform weight, zero bias: how every new projection that must not start at zero begins."""
+    """Initialise with a Xavier-uniform weight and a zero bias."""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
 
 
 class GroupedLinear(nn.Module):
-    """phi_u: r -> d in two groups: outputs 0..d/2-1 read hidden units 0..r/2-1, the other outputs read the rest.
+    """phi_u: r -> d in two groups. The first half of the outputs reads the first half of the hidden units.
 
-    Two groups halve the parameters of a dense phi_u (RepAdapter, Luo et al. 2023: https://arxiv.org/abs/2302.08106).
+    Two groups halve the parameters of a dense phi_u; see RepAdapter's paper, https://arxiv.org/abs/2302.08106.
     """
 
     def __init__(self, r: int, d: int):
@@ -75,7 +69,7 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d))
 
     def dense(self) -> torch.Tensor:
-        """The weight as one matrix [d, r]: the two groups on the block diagonal, zeros elsewhere."""
+        """The weight as one matrix [d, r]: the two groups are its diagonal blocks, the rest is zero."""
         return torch.block_diag(*self.weight.chunk(2))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
@@ -125,7 +119,7 @@ class MMAdapter(nn.Module):
         h = dropout(self.phi_d(z), keep, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w = w.type_as(h).split(1, dim=-1)  # w[0] and w[1]: [.., 1]
-        router = w[0] * f_a1 + w[1] * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z); w) = w_0 f_a1(Z) + w_1 f_a2(Z)
+        router = w[0] * f_a1 + w[1] * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z)) = w_0 f_a1(Z) + w_1 f_a2(Z)
         return z + self.cfg.scale * router  # Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m))
 
 
@@ -166,55 +160,3 @@ def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, p in model.named_parameters():
         p.requires_grad_("adapter_" in name)
     return trainable(model)
-
-
-# ---------------------------------------------------------------------------------------------------
-# adapter files: safetensors, with metadata that rebuilds the model around its base
-
-FORMAT = "lavin-adapters"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file, fsync, rename: a crash leaves either the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
-
-
-def write_adapters(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
-    """Write tensors in fp32 with JSON metadata, atomically."""
-    tensors = {name: t.detach().float().contiguous().cpu() for name, t in tensors.items()}
-    write_atomically(Path(path), save(tensors, {"format": FORMAT, "config": json.dumps(meta)}))
-
-
-def read_adapters(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors by name, metadata) of an adapter file; ValueError if it is something else."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such adapter file; `python train.py` writes one")
-    try:
-        with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except Exception as e:  # safetensors raises its own type
-        raise ValueError(f"{path}: not a readable safetensors file ({e})") from None
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path}: a safetensors file without LaVIN adapters; expected one that train.py wrote")
-    return tensors, json.loads(meta["config"])
-
-
-def load_adapters(model: nn.Module, tensors: dict[str, torch.Tensor], path: str = "adapters") -> None:
-    """Copy `tensors` into the adapters of `model`; ValueError unless every name and every shape matches."""
-    params = trainable(model)
-    shapes = [f"{n} {list(tensors[n].shape)}, the model has {list(params[n].shape)}"
-              for n in params.keys() & tensors.keys() if params[n].shape != tensors[n].shape]
-    for problem, names in (("lacks", sorted(params.keys() - tensors.keys())),
-                           ("has unknown", sorted(tensors.keys() - params.keys())),
-                           ("is for a base of another size:", shapes)):
-        if names:
-            raise ValueError(f"{path}: {problem} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
-    with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(tensors[name])

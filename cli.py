@@ -134,9 +134,10 @@ def process_group(backend: str, **options):
         yield
         return
     import torch.distributed as dist
+
     # The functions of this module keep the current process group as a default argument. Import it while there
     # is none: a kept group keeps gloo's threads alive, and one of them may abort while Python shuts down.
-    import torch.distributed.nn.functional
+    import torch.distributed.nn.functional  # noqa: F401
     dist.init_process_group(backend, **options)
     try:
         dist.barrier()

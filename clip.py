@@ -2,9 +2,8 @@
 
     Radford et al. 2021: https://arxiv.org/abs/2103.00020
 
-Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameter names
-are OpenAI's. LaVIN does not use CLIP's final output. It takes the [cls] token after every fourth block, six for
-ViT-L/14: features from shallow to deep.
+Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameters have
+OpenAI's names. LaVIN takes no final output, but the [cls] token after every fourth block: six for ViT-L/14.
 
 Shapes: N images, T = 1 + (image_size / patch_size)^2 tokens with [cls] first, C = width, r adapter width.
 """
@@ -36,12 +35,6 @@ PRESETS = {
     "ViT-B/16": CLIPConfig(patch_size=16, width=768, layers=12, heads=12),
     "tiny": CLIPConfig(image_size=64, patch_size=8, width=128, layers=6, heads=4, cls_every=1),
 }
-
-
-def from_name(name: str) -> CLIPConfig:
-    if name not in PRESETS:
-        raise ValueError(f"unknown image encoder {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -113,12 +106,6 @@ class Block(nn.Module):
         return x + self.mlp(recompute(self.ln_2, x))
 
 
-class Transformer(nn.Module):
-    def __init__(self, cfg: CLIPConfig):
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-
-
 class VisionTransformer(nn.Module):
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
@@ -128,7 +115,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(cfg.width) * cfg.width ** -0.5)
         self.positional_embedding = nn.Parameter(torch.randn(1 + patches, cfg.width) * cfg.width ** -0.5)
         self.ln_pre = LayerNorm(cfg.width)
-        self.transformer = Transformer(cfg)
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(cfg) for _ in range(cfg.layers))})
         self.ln_post = LayerNorm(cfg.width)  # CLIP's own head reads it; LaVIN does not
 
     @property
@@ -153,7 +140,7 @@ class VisionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "VisionTransformer":
-        """Read official weights; ValueError or FileNotFoundError says in one line what is wrong."""
+        """Read official weights; ValueError or FileNotFoundError if they are incomplete or damaged."""
         sizes, tensors = weights.read_clip(path)
         with torch.device("meta"):
             model = cls(CLIPConfig(**sizes))

@@ -1,14 +1,15 @@
 """Samples (prompts.py) -> token ids -> batches -> the order of training, and dropout's masks.
 
-One sequence is  [BOS] "Image: " X' prompt response [EOS],  or  [BOS] "Image: N/A" prompt response [EOS].  X' are the
-visual tokens, which LaVIN inserts; the modality token runs outside the sequence (see adapters.py). Head and rest are
-tokenised separately. The targets are the response and EOS.
+A sequence is  [BOS] "Image: " X' prompt response [EOS],  or without an image  [BOS] "Image: N/A" prompt response [EOS].
+LaVIN inserts the visual tokens X'. The modality token is not in the sequence (see adapters.py). Targets are the
+response and EOS.
 
-Everything random here depends only on (seed, epoch) or (seed, step, sample). Splitting a batch over processes or
-micro-batches, and resuming a run, therefore change nothing.
+Everything random here depends only on (seed, epoch) or (seed, step, sample), so splitting a batch over processes or
+micro-batches, and resuming a run, change nothing.
 """
+import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,6 @@ import torch
 from clip import open_image, preprocess
 from prompts import Sample
 
-
-# ---------------------------------------------------------------------------------------------------
-# tokens
 
 @dataclass
 class Example:
@@ -68,8 +66,13 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
     return examples, count
 
 
-# ---------------------------------------------------------------------------------------------------
-# batches
+def fingerprint(examples: list[Example]) -> str:
+    """A hash of all token ids and image names."""
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(f"{e.head} {e.n_prompt} {e.sample.image and e.sample.image.name}".encode() + e.rest.tobytes())
+    return digest.hexdigest()[:16]
+
 
 class Batch(NamedTuple):
     """B samples. Positions count through all sequences laid end to end, visual tokens included."""
@@ -138,9 +141,6 @@ class Dropout(NamedTuple):
         return masks | ({"keep_vit": torch.from_numpy(np.stack(vit, axis=1))} if vit and self.vit_blocks else {})
 
 
-# ---------------------------------------------------------------------------------------------------
-# order
-
 def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[list[list[int]]]:
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro` samples.
 
@@ -187,3 +187,12 @@ class Steps(torch.utils.data.Dataset):
                 batch = batch._replace(**self.dropout.masks(examples, [[self.seed, step, i] for i in micro]))
             batches.append(batch)
         return batches, n_targets
+
+
+def load(steps: Steps, which: range, workers: int, pin_memory: bool) -> Iterator[tuple[list[Batch], int]]:
+    """These items of `steps`, decoded by worker processes. A worker's error loses the traceback around its line."""
+    try:
+        yield from torch.utils.data.DataLoader(steps, batch_size=None, sampler=which, num_workers=workers,
+                                               pin_memory=pin_memory)
+    except (ValueError, OSError) as e:
+        raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None

@@ -3,16 +3,15 @@
     Luo et al., "Cheap and Quick: Efficient Vision-Language Instruction Tuning for LLMs", NeurIPS 2023:
     https://arxiv.org/abs/2305.15023
 
-This file holds what joins the two models: the modality token (Eq. 1), the neck (Eq. 6), the input (Eq. 7), the
-training loss (Eq. 5) and generation (Eq. 8). Everything that trains lies below a name that begins with `adapter_`.
+This file holds what joins the models: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq. 5),
+generation (Eq. 8). The name of every module that trains begins with `adapter_`.
 
-Precision: where the base is bf16, matrix products run in bf16 under autocast. The adapters are kept in fp32; norms,
-softmax and loss are computed in fp32.
+Precision: with a bf16 base, matrix products run in bf16 (`autocast`). The adapters are stored in fp32. Norms, the
+router's softmax and the loss are computed in fp32.
 
 Shapes: B samples, T tokens, C LLaMA's width, n [cls] tokens per image, v ViT width, h neck width, L LLaMA layers,
 V vocabulary.
 """
-import hashlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from adapters import AdapterConfig, MMAdapter, xavier
 from clip import VisionTransformer
 from data import Batch
 from llama import KVCache, LLaMA
+from official.adapter_files import fill, write_adapters
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
 LOSS_ROWS = 256  # rows of logits that exist at once; one row of 32,000 logits takes 128 KB in fp32
@@ -57,20 +57,19 @@ class Neck(nn.Module):
 
 
 def negative_log_likelihood(h: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """- sum of log softmax(h W^T)[target] in fp32; h [n, C], W [V, C] frozen, targets [n].
+    """- sum of log p(target) in fp32, with p = softmax(h W^T); h [n, C], W [V, C] frozen, targets [n].
 
-    All n x V logits at once would dominate the memory. LOSS_ROWS rows at a time, the loss and its gradient with
-    respect to h are computed together, and only the gradient is kept.
+    All n x V logits at once would dominate the memory. So LOSS_ROWS rows at a time, compute the loss together with
+    its gradient with respect to h, and keep only the gradient.
     """
     loss, gradients = torch.zeros((), device=h.device), []
     for h_i, targets_i in zip(h.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
         with torch.enable_grad():
-            h_i.requires_grad_()
-            log_p = F.log_softmax(F.linear(h_i, W).float(), dim=-1)  # [rows, V]
+            log_p = F.log_softmax(F.linear(h_i.requires_grad_(), W).float(), dim=-1)  # [rows, V]
             loss_i = -log_p.gather(1, targets_i[:, None]).sum()
         gradients += torch.autograd.grad(loss_i, h_i)
         loss += loss_i.detach()
-    return loss + (torch.cat(gradients) * (h - h.detach())).sum()  # its value is the loss, its gradient that of h
+    return loss + (torch.cat(gradients) * (h - h.detach())).sum()  # adds 0 to the value, and the gradient of h
 
 
 class LaVIN(nn.Module):
@@ -94,27 +93,23 @@ class LaVIN(nn.Module):
         return self.llama.norm.weight.device
 
     def autocast(self):
-        """A context in which matrix products run in the dtype of the base."""
-        if self.llama.norm.weight.dtype == torch.bfloat16:
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
-
-    # -----------------------------------------------------------------------------------------------
-    # input
+        """A context in which matrix products run in bf16 if the base is bf16."""
+        bf16 = self.llama.norm.weight.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def routing(self) -> torch.Tensor | None:
         """w [L, 2, 2]: each layer's routing weights for TEXT and for IMAGE; None without a router."""
         if self.cfg.adapter.kind != "mm" or self.folded:
             return None
-        m, E_m = torch.eye(2, device=self.device), self.adapter_modality_embedding.weight
-        t_m = m @ E_m  # Eq. (1): t_m = m E_m, here for both one-hot m at once: [2, C]
+        m, E_m = torch.eye(2, device=self.device), self.adapter_modality_embedding.weight  # both one-hot m at once
+        t_m = m @ E_m  # Eq. (1): t_m = m E_m, [2, C]
         return self.llama.route(t_m.to(self.llama.norm.weight.dtype))
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
         """X' of every sample that has an image, [.., n, C].
 
-        Each distinct image is encoded once; with dropout once per sample, because each sample has its own masks.
-        Released code: runs the ViT on a black image for every text sample. Here: only on images that exist.
+        Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
+        Released code: the ViT also encodes a black image for each text sample. Here: only images that exist.
         """
         if batch.keep_vit is None:
             return self.adapter_proj(self.vit(batch.images))[batch.image_index]
@@ -123,59 +118,51 @@ class LaVIN(nn.Module):
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]."""
         words = self.llama.tok_embeddings(batch.tokens).split(batch.pieces)  # Y: head, rest, head, rest, ..
-        X = batch.image_embeds
-        if X is None and IMAGE in batch.modality:
-            X = self.encode_images(batch)
-        Z, image = [], iter(() if X is None else X)
+        images = batch.image_embeds
+        if images is None:
+            images = self.encode_images(batch) if IMAGE in batch.modality else ()
+        Z, images = [], iter(images)
         for m, head, rest in zip(batch.modality, words[::2], words[1::2]):
-            # Eq. (7): Z = [t_m, X', Y] with an image, [t_m, Y] without. t_m runs apart, see LLaMA.route.
-            # The paper puts X' before the text; the released code and this code put it behind [BOS] "Image: ".
-            Z.append(torch.cat([head, next(image).type_as(head), rest] if m == IMAGE else [head, rest]))
+            # The paper puts X' before the text; the released code and this code put it after [BOS] "Image: ".
+            X = [next(images).type_as(head)] if m == IMAGE else []
+            Z.append(torch.cat([head, *X, rest]))  # Eq. (7): Z = [t_m, X', Y] or [t_m, Y]; t_m: see LLaMA.route
         return Z
-
-    # -----------------------------------------------------------------------------------------------
-    # training
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
         w = self.routing()
-        if w is not None:  # a pair of weights for every token
-            samples = zip(batch.modality, batch.lengths)
-            w = torch.cat([w[:, None, m, None].expand(-1, -1, n, -1) for m, n in samples], dim=2)  # [L, 1, T, 2]
+        if w is not None:  # one pair of weights per token
+            w = torch.cat([w[:, None, m, None].expand(-1, -1, n, -1)
+                           for m, n in zip(batch.modality, batch.lengths)], dim=2)  # [L, 1, T, 2]
         Z = torch.cat(self.embed(batch))[None]  # [1, T, C]: all samples, packed end to end
         return self.llama(Z, w, batch.lengths, batch.keep_llama)[0, batch.predict_at]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Eq. (5) for one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
 
-        A sum, not a mean: train.py divides by the number of targets in the global batch, so every split of that
-        batch gives the same update. Released code: averages the means of micro-batches.
+        train.py divides the sum by the number of targets in the global batch, so every split of that batch gives
+        the same update. Released code: averages the means of the micro-batches, so its update depends on the split.
         """
         h = self.hidden(batch)
         # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s = 1 .. S+1 includes EOS
         return negative_log_likelihood(h, self.llama.output.weight, batch.targets)
 
-    # -----------------------------------------------------------------------------------------------
-    # generation
-
     @torch.no_grad()
     def fold(self, *modalities: int) -> "LaVIN":
-        """Merge LLaMA's adapters into wq, wk and wv, for answering in these modalities: adapters then cost nothing.
+        """Merge LLaMA's adapters into wq, wk and wv for answering in these modalities: the adapters then cost nothing.
 
-        Each modality beyond the first costs a second copy of the three matrices. The ViT's adapters stay: their
-        routing weights depend on the image. A folded model can no longer be trained or saved.
+        A second modality needs a second copy of the three matrices. The ViT's adapters stay, because their routing
+        weights depend on the image. A folded model can no longer be trained or saved.
         """
         with self.autocast():
             w = self.routing()
         self.folded = {m: [] for m in modalities}
-        for i, layer in enumerate(self.llama.layers):  # layer by layer: both sets at once would double the memory
-            a = layer.attention
-            for m in modalities:
-                pairs = [adapters.fold(x.weight, layer.adapter_attn, None if w is None else w[i, m])
-                         for x in (a.wq, a.wk, a.wv)]
-                self.folded[m].append(tuple(map(torch.cat, zip(*pairs))))  # W [3 C, C], b [3 C]
+        for i, layer in enumerate(self.llama.layers):
+            qkv = torch.cat([x.weight for x in (layer.attention.wq, layer.attention.wk, layer.attention.wv)])
+            for m in modalities:  # W [3 C, C], b [3 C]
+                self.folded[m].append(adapters.fold(qkv, layer.adapter_attn, None if w is None else w[i, m]))
             layer.adapter_attn = None
-            self.enter(modalities[0], i)
+            self.enter(modalities[0], i)  # layer by layer, so the old matrices are freed early
         return self
 
     def enter(self, modality: int, *layers: int) -> None:
@@ -190,7 +177,7 @@ class LaVIN(nn.Module):
                 linear.bias = None if b is None else nn.Parameter(b_i, requires_grad=False)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
-        """Read the prompts. -> logits [B, V] of the next token, a cache for `room` more tokens, routing weights"""
+        """Read the prompts; return logits [B, V] of the next token, a cache for `room` more, and routing weights."""
         with self.autocast():
             w = self.routing()
             w = None if w is None else w[:, batch.modality, None]  # [L, B, 1, 2]
@@ -201,7 +188,7 @@ class LaVIN(nn.Module):
             return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read one more token of each row, [B] -> logits [B, V] of the next"""
+        """Read one more token of each row, [B]; return logits [B, V] of the next."""
         with self.autocast():
             h = self.llama.decode(self.llama.tok_embeddings(token[:, None]), w, cache)
             return self.llama.output(h[:, 0]).float()
@@ -209,11 +196,11 @@ class LaVIN(nn.Module):
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1, top_p: float = 0.75,
                seed: int = 0, step: Callable | None = None) -> Iterator[list[int | None]]:
-        """Yield the next token of every row, again and again; None for rows that have reached EOS.
+        """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
-        Rows may differ in length and modality. A row's answer does not depend on its batch-mates: all rows use the
-        same random number at a step. temperature 0 is greedy. ValueError if a prompt does not fit the context.
-        step(token, cache): a faster way to decode, such as speed.step.FastStep.
+        Rows may differ in length and modality. A row's answer does not depend on its batch-mates, since all rows use
+        the same random number. ValueError if a prompt does not fit the context. step(token, cache) replaces
+        `decode` for speed.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -221,14 +208,14 @@ class LaVIN(nn.Module):
         if self.folded:
             assert len(set(batch.modality)) == 1, "a folded model answers one modality at a time"
             self.enter(batch.modality[0])
-        max_new_tokens = min(max_new_tokens, context - longest)
-        random = torch.Generator().manual_seed(seed)
-        done = [False] * len(batch.lengths)
-        logits, cache, w = self.prefill(batch, max_new_tokens)
-        for s in range(max_new_tokens):
-            if s:
+        max_new_tokens, random = min(max_new_tokens, context - longest), torch.Generator().manual_seed(seed)
+        done, token = [False] * len(batch.lengths), None
+        for _ in range(max_new_tokens):
+            if token is None:
+                logits, cache, w = self.prefill(batch, max_new_tokens)
+            else:
                 logits = step(token, cache) if step else self.decode(w, token, cache)
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): one token after the other
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): sample one factor after the other
             token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
@@ -241,23 +228,10 @@ class LaVIN(nn.Module):
         steps = zip(*self.stream(batch, max_new_tokens, eos, **sampling))
         return [[id for id in row if id is not None] for row in steps] or [[] for _ in batch.lengths]
 
-    # -----------------------------------------------------------------------------------------------
-    # files
-
-    def fingerprint(self) -> str:
-        """A hash of the frozen base: 64 values of every frozen tensor. fp32 and bf16 copies have the same."""
-        digest = hashlib.sha256()
-        for name, p in sorted(self.named_parameters()):
-            if "adapter_" not in name:
-                values = p.detach().flatten()[:: max(1, p.numel() // 64)][:64]
-                digest.update(f"{name}{list(p.shape)}".encode())
-                digest.update(values.to(torch.bfloat16).float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
     def save(self, path: str | Path, **meta) -> None:
         """Write the adapters, with everything needed to rebuild this model around the same base."""
-        meta = {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg), "base": self.fingerprint(), **meta}
-        adapters.write_adapters(path, adapters.trainable(self), meta)
+        meta = {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg), "base": weights.fingerprint(self), **meta}
+        write_adapters(path, adapters.trainable(self), meta)
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
@@ -274,21 +248,15 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.G
 
 def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device="cpu", dtype=torch.float32,
          any_base: bool = False) -> tuple[LaVIN, dict]:
-    """(model, metadata) of an adapter file, ours or a released .pth, and the base that it was trained on.
+    """(model, metadata) of an adapter file, ours or a released .pth, around its base.
 
-    ValueError if the base has other sizes, or other weights and not `any_base`.
+    ValueError if the base has other sizes, or other weights unless `any_base`.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})
     llama = LLaMA.from_pretrained(llama_path, device, dtype)
-    wanted, found = ((x["dim"], x["n_layers"]) for x in (meta["llama"], asdict(llama.cfg)))
-    if wanted != found:
-        raise ValueError(f"{path}: trained on a LLaMA of (width, layers) {wanted}, but {llama_path} has {found}; "
-                         "point --llama at that LLaMA")
     vit = VisionTransformer.from_pretrained(clip_path, device, dtype) if cfg.vision else None
     model = LaVIN(llama, vit, cfg)
-    adapters.load_adapters(model, tensors, str(path))
-    if meta["base"] not in (None, model.fingerprint()) and not any_base:  # released files have no fingerprint
-        raise ValueError(f"{path}: trained on another base than {llama_path} + {clip_path} (fingerprint "
-                         f"{meta['base']}, here {model.fingerprint()}); pass that base, or --any_base")
+    weights.check_base(path, meta, model, f"{llama_path} + {clip_path}", any_base)
+    fill(adapters.trainable(model), tensors, path)
     return model.to(device).eval(), meta

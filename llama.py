@@ -1,24 +1,23 @@
-"""LLaMA: the frozen language model, its key/value cache, its tokenizer.
+"""LLaMA: the frozen language model and its key/value cache.
 
     Touvron et al. 2023: https://arxiv.org/abs/2302.13971
 
-Official weights come from Meta on request, or from the Hugging Face hub; weights.py reads both layouts. Parameter
-names are Meta's, so loading needs hardly any renaming.
+Official weights come from Meta on request, or from the Hugging Face hub; weights.py reads both layouts. Parameters
+have Meta's names. The tokenizer is in official/tokenizer.py.
 
-One block, three ways to use it. `forward` trains on whole sequences, packed end to end without padding. `prefill`
-reads prompts into a cache. `decode` reads one more token of each row. They differ only in which keys a query sees.
-An adapter stands in front of each attention as an explicit call; without one, the block is plain LLaMA.
+There are three ways through the blocks. `forward` trains on whole sequences, packed end to end without padding.
+`prefill` reads prompts into a cache. `decode` reads one more token per row. Only the keys that a query sees differ.
 
-What a training step keeps for the backward, per token and block: x, q, k, v, the attention's output and log-sums, x
-after the attention, gate and up. Frozen projections keep nothing, because their weights need no gradient; norms,
-adapters and SwiGLU are recomputed.
+What one block keeps of a token for the backward pass: x, q, k, v, the attention's output and its log-sums, x after
+the attention, and the two halves of SwiGLU. Frozen projections keep nothing, because their weights need no gradient.
+Norms, adapters and the SwiGLU product are recomputed.
 
-Shapes: B samples, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
+Shapes: B rows, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -46,12 +45,6 @@ PRESETS = {
     "tiny": LLaMAConfig(dim=128, n_layers=4, n_heads=8, ffn_dim=352, vocab_size=1096, norm_eps=1e-5,
                         rope_theta=100.0, max_seq_len=256),
 }
-
-
-def from_name(name: str) -> LLaMAConfig:
-    if name not in PRESETS:
-        raise ValueError(f"unknown LLaMA {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 class RMSNorm(nn.Module):
@@ -84,29 +77,28 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torc
 
 
 class KVCache:
-    """Keys and values of B rows, [L, B, H, S, D]. A slot is a position in the row's own sequence.
+    """Keys and values of B rows, [L, B, H, S, D]. Slot s of a row holds its token at position s.
 
-    Rows may differ in length. Padding behind a shorter prompt fills slots that the row's next tokens overwrite,
-    and no query looks beyond its own position.
+    Rows may differ in length. The padding of a shorter prompt fills slots that the row's next tokens overwrite, and
+    no query looks beyond its own position.
     """
 
     def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
         shape = cfg.n_layers, B, cfg.n_heads, S, cfg.dim // cfg.n_heads
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.lengths = torch.zeros(B, dtype=torch.long, device=device)  # tokens in each row
-        self.filled = 0  # tokens in the longest row
-        self.rows = torch.arange(B, device=device)[:, None]  # [B, 1]
+        self.rows = torch.arange(B, device=device)[:, None]
+        self.lengths, self.filled = torch.zeros_like(self.rows[:, 0]), 0  # tokens in each row, and in the longest
 
     def grow(self) -> torch.Tensor:
-        """Make room for one more token in each row; return its positions [B]."""
-        positions, self.lengths, self.filled = self.lengths, self.lengths + 1, self.filled + 1
-        return positions
+        """Count one more token in each row; return its positions [B]."""
+        self.lengths, self.filled = self.lengths + 1, self.filled + 1
+        return self.lengths - 1
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
-        """Store k, v [B, T, H, D] of new tokens at positions [B or 1, T]; return all k, v so far [B, filled, H, D]."""
-        keys, values = self.k[layer], self.v[layer]  # [B, H, S, D]
-        keys[self.rows, :, positions], values[self.rows, :, positions] = k, v
-        return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
+        """Store k, v [B, T, H, D] at positions [B or 1, T]; return the keys and values so far, [B, filled, H, D]."""
+        for cache, new in ((self.k[layer], k), (self.v[layer], v)):  # cache [B, H, S, D]
+            cache[self.rows, :, positions] = new
+        return tuple(cache[layer, :, :, :self.filled].transpose(1, 2) for cache in (self.k, self.v))
 
 
 class Attention(nn.Module):
@@ -121,41 +113,34 @@ class Attention(nn.Module):
         return self.wo(attend(q, k, v).reshape(B, T, C))
 
     def alone(self, z):
-        """z [.., C] of a token that sees only itself: softmax over one score is 1, so it reads its own value"""
+        """A token z [.., C] that sees only itself: softmax over one score is 1, so the output is its own value."""
         return self.wo(self.wv(z))
-
-
-def swiglu(gate, up):
-    return F.silu(gate) * up
 
 
 class FeedForward(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.w1 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False) for _ in range(2))
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
-        self.w3 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
 
     def forward(self, x):
-        return self.w2(recompute(swiglu, self.w1(x), self.w3(x)))
+        return self.w2(recompute(lambda gate, up: F.silu(gate) * up, self.w1(x), self.w3(x)))  # SwiGLU
 
 
 class Block(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.attention = Attention(cfg)
-        self.feed_forward = FeedForward(cfg)
-        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
+        self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps) for _ in range(2))
         self.adapter_attn = None  # an MMAdapter or RepAdapter, once LaVIN adds it
 
     def adapted(self, x, w, keep):
-        """The attention's input: normalised, then Eq. (2). The residual stream x itself is not adapted."""
+        """The input of the attention: normalise, then Eq. (2). The residual x itself is not adapted."""
         z = self.attention_norm(x)
         return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)
 
     def forward(self, x, w, attend, keep=None):
-        """x [B, T, C]; w: routing weights; attend(q, k, v): which keys a query sees; keep: dropout's survivors"""
+        """x [B, T, C], w: routing weights, attend(q, k, v): attention over the visible keys, keep: see adapters"""
         x = x + self.attention(recompute(self.adapted, x, w, keep), attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
@@ -163,33 +148,32 @@ class Block(nn.Module):
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg = cfg
-        self.checkpoint = False  # True: keep only the input of each block for the backward
+        self.cfg, self.checkpoint = cfg, False  # checkpoint: keep only the input of each block for the backward
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, keep=None) -> torch.Tensor:
-        """Training: sequences of these lengths, packed end to end in x [1, T, C]; without `lengths`, one per row.
+        """Training: sequences of these lengths, packed end to end in x [1, T, C]. Default: one sequence per row.
 
-        x     embeddings, or token ids [B, T]
-        w     routing weights of every layer, [L, B or 1, T or 1, 2]; None for a bare LLaMA or plain RepAdapters
-        keep  units that survive dropout, [L, B, T, r]; None: no dropout
+        x     embeddings [B, T, C], or token ids [B, T]
+        w     routing weights of every layer, [L, B or 1, T or 1, 2]; None without a router
+        keep  hidden units that survive dropout, [L, B, T, r]; None: no dropout
         Returns the hidden states after the last norm, [B, T, C]; `output` turns them into logits.
         """
         x = x if x.is_floating_point() else self.tok_embeddings(x)
         lengths = lengths or [x.shape[1]]
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
 
-        def attend(layer, q, k, v):  # one call per sequence, so no sequence sees another
+        def attend(layer, q, k, v):  # one call per sequence: none sees another
             sequences = zip(*(t.split(lengths, dim=1) for t in (q, k, v)))
             return torch.cat([attention(*qkv, is_causal=True) for qkv in sequences], dim=1)
 
         return self.blocks(x, w, positions, attend, keep)
 
     def prefill(self, x, w, lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Prompts x [B, T, C] of `lengths` [B], padded at the end, into an empty cache -> hidden states [B, T, C]"""
+        """Read prompts x [B, T, C], padded to the longest of `lengths` [B], into an empty cache -> [B, T, C]"""
         positions = torch.arange(x.shape[1], device=x.device)
         cache.lengths, cache.filled = lengths, x.shape[1]
 
@@ -200,10 +184,10 @@ class LLaMA(nn.Module):
         return self.blocks(x, w, positions, attend)
 
     def decode(self, x, w, cache: KVCache) -> torch.Tensor:
-        """The next token of each row, x [B, 1, C], after those in the cache -> hidden states [B, 1, C]"""
+        """Read one more token of each row, x [B, 1, C] -> [B, 1, C]"""
         positions = cache.grow()[:, None]  # [B, 1]
         seen = torch.arange(cache.filled, device=x.device) <= positions  # [B, S]
-        mask = None if len(x) == 1 else seen[:, None, None]  # one row sees all of its slots
+        mask = seen[:, None, None] if len(x) > 1 else None  # a single row sees all its slots
 
         def attend(layer, q, k, v):
             return attention(q, *cache.update(layer, k, v, positions), attn_mask=mask)
@@ -211,7 +195,7 @@ class LLaMA(nn.Module):
         return self.blocks(x, w, positions, attend)
 
     def blocks(self, x, w, positions, attend: Callable, keep=None) -> torch.Tensor:
-        """Every block and the last norm. attend(layer, q, k, v) gets q and k already rotated."""
+        """All blocks and the last norm. attend(layer, q, k, v) receives rotated q and k."""
         rope = rope_table(positions, self.cfg.dim // self.cfg.n_heads, self.cfg.rope_theta)
 
         def attend_rotated(layer, q, k, v):
@@ -226,8 +210,8 @@ class LLaMA(nn.Module):
     def route(self, t: torch.Tensor) -> torch.Tensor:
         """Routing weights [L, M, 2] of M modality tokens t [M, C].
 
-        A modality token sees only itself and no other token sees it, so it passes through the layers on its own,
-        once per batch. The router of a layer reads its normalised state there. No dropout on this path.
+        A modality token sees only itself, and no other token sees it. So it passes through the layers on its own,
+        once per batch. Each layer's router reads its normalised state. Released code: dropout here too. Here: none.
         """
         routing = []
         for layer in self.layers:
@@ -239,60 +223,9 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "LLaMA":
-        """Read a folder of official weights; ValueError or FileNotFoundError says in one line what is wrong."""
+        """Read a folder of official weights; ValueError or FileNotFoundError if it is incomplete or damaged."""
         sizes, tensors = weights.read_llama(path)
         with torch.device("meta"):
             model = cls(LLaMAConfig(**sizes))
         weights.assign(model, tensors, path, device, dtype)
         return model
-
-
-class Tokenizer:
-    """sentencepiece with LLaMA's conventions: BOS 1, EOS 2, no padding id."""
-
-    def __init__(self, path: str | Path):
-        from sentencepiece import SentencePieceProcessor
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such tokenizer; tokenizer.model comes with the LLaMA weights")
-        try:
-            self.sp = SentencePieceProcessor(model_file=str(path))
-        except Exception:
-            raise ValueError(f"{path}: not a sentencepiece model") from None
-        self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, vocab_size: int) -> "Tokenizer":
-        """The tokenizer of a folder of LLaMA weights; ValueError if the two vocabularies differ in size."""
-        file = weights.tokenizer_path(path)
-        tokenizer = cls(file)
-        if tokenizer.vocab_size != vocab_size:
-            raise ValueError(f"{file}: {tokenizer.vocab_size} pieces, but the LLaMA has {vocab_size} embeddings; "
-                             "use the tokenizer.model that came with this LLaMA")
-        return tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids without BOS and EOS; ValueError if the text holds bytes that are not UTF-8."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"the text {ascii(text[:60])} is not valid UTF-8") from None
-        return self.sp.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.sp.decode(ids)
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Decode ids one by one; the pieces join to `decode` of them all.
-
-        One character may take several byte tokens. Until its last byte arrives, the decoded text ends in U+FFFD,
-        and that piece is held back.
-        """
-        seen, text, printed = [], "", ""
-        for id in ids:
-            seen.append(id)
-            text = self.decode(seen)
-            if not text.endswith("\ufffd"):
-                yield text[len(printed):]
-                printed = text
-        if text != printed:  # the text ends inside a character
-            yield text[len(printed):]

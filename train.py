@@ -12,12 +12,9 @@ The folder --out holds adapters.safetensors, checkpoint.pt and log.jsonl. --resu
 CPU the result has the same bits as a run that was never stopped.
 """
 import dataclasses
-import io
-import json
 import math
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +24,14 @@ import torch.distributed as dist
 import cli
 import data
 import prompts
-from adapters import AdapterConfig, trainable, write_atomically
+import weights
+from adapters import AdapterConfig, trainable
 from clip import MEAN_STD, VisionTransformer
+from evaluation.log import Log
 from lavin import LaVIN, LaVINConfig
-from llama import LLaMA, Tokenizer
+from llama import LLaMA
+from official.adapter_files import fill, read_checkpoint, write_checkpoint
+from official.tokenizer import Tokenizer
 
 
 @dataclass
@@ -106,61 +107,19 @@ FIXED = ("vision", "vit_adapters", "adapter", "adapter_dim", "scale", "tau", "dr
 
 
 def save_checkpoint(path: Path, model: LaVIN, optimizer, step: int, run: dict) -> None:
-    """run: settings and inputs that a resumed run must share."""
-    state = {"step": step, "run": run, "optimizer": optimizer.state_dict(),
-             "adapters": {n: p.detach() for n, p in trainable(model).items()}}
-    file = io.BytesIO()
-    torch.save(state, file)
-    write_atomically(path, file.getvalue())
+    adapters = {name: p.detach() for name, p in trainable(model).items()}
+    write_checkpoint(path, {"step": step, "run": run, "optimizer": optimizer.state_dict(), "adapters": adapters})
 
 
 def load_checkpoint(path: Path, model: LaVIN, optimizer, run: dict) -> int:
-    """-> the number of steps done"""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: nothing to resume from; run without --resume first")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__})") from None
+    """Restore adapters and optimizer, return the number of steps done; ValueError if it is of another run."""
+    state = read_checkpoint(path)
     for name, value in run.items():
         if state["run"].get(name) != value:
             raise ValueError(f"{path}: --resume continues a run with {name} {state['run'].get(name)}, not {value}")
-    with torch.no_grad():
-        for name, p in trainable(model).items():
-            p.copy_(state["adapters"][name])
+    fill(trainable(model), state["adapters"], path)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
-
-
-class Log:
-    """One line per interval on stderr, the same in log.jsonl. Losses stay on the device until the line is due."""
-
-    def __init__(self, path: Path, total: int, first: int):
-        rows = path.read_bytes().splitlines(keepends=True) if path.is_file() and first else []
-        rows = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= first]
-        write_atomically(path, b"".join(rows))  # rows after the checkpoint will be logged again
-        self.file = open(path, "a", buffering=1)
-        self.total, self.first, self.started = total, first, time.time()
-        self.since, self.values, self.tokens = self.started, [], 0
-
-    def step(self, loss: torch.Tensor, norm2: torch.Tensor, tokens: int) -> None:
-        self.values.append(torch.stack([loss, norm2]))
-        self.tokens += tokens
-
-    def line(self, step: int, lr: float, device: torch.device) -> torch.Tensor:
-        """Print the interval that ends with `step`; -> its losses"""
-        losses, norms = torch.stack(self.values).cpu().unbind(1)
-        now = time.time()
-        row = {"step": step, "loss": round(losses.mean().item(), 4), "lr": round(lr, 6),
-               "grad_norm": round(norms[-1].sqrt().item(), 4), "tokens_per_s": round(self.tokens / (now - self.since)),
-               "eta": cli.clock((now - self.started) / (step - self.first) * (self.total - step))}
-        if device.type == "cuda":
-            row["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-        print(" | ".join([f"step {step}/{self.total}", *(f"{k} {v}" for k, v in row.items() if k != "step")]),
-              file=sys.stderr)
-        self.file.write(json.dumps(row) + "\n")
-        self.since, self.values, self.tokens = now, [], 0
-        return losses
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
@@ -169,7 +128,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype)
     llama.checkpoint = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
-    tokenizer = Tokenizer.from_pretrained(cfg.llama, llama.cfg.vocab_size)
+    tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
     if cfg.max_len > llama.cfg.max_seq_len:
         raise ValueError(f"--max_len {cfg.max_len} is more than this LLaMA's context of {llama.cfg.max_seq_len}")
     torch.manual_seed(cfg.seed)  # every rank starts with the same adapters
@@ -205,14 +164,6 @@ def check_losses(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
                          "checkpoint. Start again with a lower --lr or with --clip_grad 1, or look at these samples")
 
 
-def batches_of(loader: torch.utils.data.DataLoader):
-    """The loader's items. A worker's error keeps its own line and loses the traceback around it."""
-    try:
-        yield from loader
-    except (ValueError, OSError) as e:
-        raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-
-
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
     main = rank == 0
@@ -237,14 +188,14 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     for p, g in zip(params.values(), gradients.split([p.numel() for p in params.values()])):
         p.grad = g.view_as(p)
     optimizer = optimizer_for(params, cfg)
-    run = {name: getattr(cfg, name) for name in FIXED} | {"samples": len(examples), "base": model.fingerprint()}
+    run = {name: getattr(cfg, name) for name in FIXED} | {
+        "data": data.fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", model, optimizer, run) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
-    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, stop), num_workers=workers,
-                                         pin_memory=device.type == "cuda")
+    batches = data.load(steps, range(first, stop), workers, pin_memory=device.type == "cuda")
     log = Log(out / "log.jsonl", stop, first) if main else None
 
-    for step, (micro_batches, n_targets) in enumerate(batches_of(loader), start=first):
+    for step, (micro_batches, n_targets) in enumerate(batches, start=first):
         buffer.zero_()
         for batch in micro_batches:
             with model.autocast():
@@ -262,7 +213,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
         done = step + 1
         if main:
-            log.step(loss_sum, norm2, sum(steps.lengths[i] for i in steps.chosen(step)))
+            log.step(torch.stack([loss_sum, norm2]), sum(steps.lengths[i] for i in steps.chosen(step)))
         if main and (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == stop):
             check_losses(log.line(done, optimizer.param_groups[0]["lr"], device), done, steps)
         if main and (done % cfg.save_every == 0 or done == stop):

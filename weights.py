@@ -15,6 +15,7 @@ A Lazy reads its tensor when it is called. `assign` fills a model tensor by tens
 memory of the model and of about one tensor more.
 """
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -23,22 +24,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import adapters
 import cli
-from official import clip_layouts, llama_layouts, released
+from official import adapter_files, clip_layouts, llama_layouts, released
 from official.configs import check_metadata
 from official.layouts import identify
 from official.mistakes import complain
 from official.tensorfiles import Tensors, write_folder
-
-
-def tokenizer_path(path: str | Path) -> Path:
-    """The tokenizer.model of a folder of LLaMA weights: in the folder or, in Meta's layout, one folder up."""
-    for folder in (Path(path), Path(path).resolve().parent):
-        if (folder / "tokenizer.model").is_file():
-            return folder / "tokenizer.model"
-    raise FileNotFoundError(f"{Path(path) / 'tokenizer.model'}: not found, neither here nor one folder up; "
-                            "copy the tokenizer.model that comes with the LLaMA weights")
+from official.tokenizer import tokenizer_path
 
 
 def read_llama(path: str | Path) -> tuple[dict, Tensors]:
@@ -61,18 +53,38 @@ def read_adapters(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     if path.suffix == ".pth" and path.is_file():
         tensors, meta = released.read_released(path)
     else:
-        try:
-            tensors, meta = adapters.read_adapters(path)
-        except (KeyError, RecursionError, json.JSONDecodeError):
-            raise ValueError(f"{path}: its metadata are not valid JSON; restore the original file") from None
+        tensors, meta = adapter_files.read_adapters(path)
     check_metadata(path, meta)
     return tensors, meta
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of 64 values of every frozen tensor of a LaVIN. Copies in fp32 and bf16 have the same fingerprint."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if "adapter_" not in name:
+            values = p.detach().flatten()[:: max(1, p.numel() // 64)][:64]
+            digest.update(f"{name}{list(p.shape)}".encode())
+            digest.update(values.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_base(path: str | Path, meta: dict, model: nn.Module, base: str, any_base: bool) -> None:
+    """ValueError unless `model` has the base on which the adapters of `path` were trained."""
+    wanted = meta["llama"]["dim"], meta["llama"]["n_layers"]
+    found = model.llama.cfg.dim, model.llama.cfg.n_layers
+    if wanted != found:
+        raise ValueError(f"{path}: trained on a LLaMA of (width, layers) {wanted}, but {base} has {found}; "
+                         "point --llama at that LLaMA")
+    if meta["base"] not in (None, fingerprint(model)) and not any_base:  # released files have no fingerprint
+        raise ValueError(f"{path}: trained on another base than {base} (fingerprint {meta['base']}, here "
+                         f"{fingerprint(model)}); point --llama and --clip at that base, or pass --any_base")
 
 
 def assign(model: nn.Module, tensors: Tensors, path: str | Path, device, dtype) -> None:
     """Fill a model that was built on the meta device with copies of `tensors` on `device`, as `dtype`.
 
-    Only one tensor is read at a time. ValueError if a shape differs.
+    Only one tensor is read at a time. ValueError if a shape differs or a value is not finite.
     """
     ours = dict(model.named_parameters())
     assert ours.keys() == tensors.keys(), f"readers and model differ in {ours.keys() ^ tensors.keys()}"
@@ -82,6 +94,8 @@ def assign(model: nn.Module, tensors: Tensors, path: str | Path, device, dtype) 
     for name in ours:
         owner, _, leaf = name.rpartition(".")
         p = nn.Parameter(tensors[name]().to(device, dtype, copy=True), requires_grad=False)
+        if not all(x.isfinite() for x in p.aminmax()):
+            raise ValueError(f"{path}: {name} holds values that are not finite; download it again")
         setattr(model.get_submodule(owner), leaf, p)
 
 
@@ -91,7 +105,7 @@ def assign(model: nn.Module, tensors: Tensors, path: str | Path, device, dtype) 
 def convert(src: Path, dst: Path) -> None:
     """Any layout -> Hugging Face's, with the same bits and dtypes; a released .pth -> our adapter file."""
     if src.is_file() and src.suffix == ".pth":
-        return adapters.write_adapters(dst, *read_adapters(src))
+        return adapter_files.write_adapters(dst, *read_adapters(src))
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"{dst}: exists and is not an empty folder; choose another")
     if identify(src).startswith("CLIP"):

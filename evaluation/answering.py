@@ -18,8 +18,8 @@ import torch.distributed as dist
 import cli
 import data
 import lavin
-from llama import Tokenizer
 from evaluation import scores
+from official.tokenizer import Tokenizer
 from prompts import Sample
 
 
@@ -224,4 +224,4 @@ def load(cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     model, _ = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base)
-    return model, Tokenizer.from_pretrained(cfg.llama, model.llama.cfg.vocab_size)
+    return model, Tokenizer(cfg.llama, model.llama.cfg.vocab_size)

@@ -1,8 +1,11 @@
 """Draw LLaMA's routing weights: one pair of bars per layer, for text input and for image input."""
+import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+
+from lavin import LaVIN
 
 BLUE, ORANGE = (66, 99, 180), (226, 150, 66)
 
@@ -30,3 +33,14 @@ def picture(w: torch.Tensor, file: Path) -> None:
             draw.rectangle((x, y + 2, x + width * w0, y + row - 3), fill=BLUE)
             draw.rectangle((x + width * w0, y + 2, x + width, y + row - 3), fill=ORANGE)
     image.save(file)
+
+
+def show(model: LaVIN, file: Path) -> None:
+    """Print the weights and draw them; ValueError if the adapters have no router."""
+    w = model.routing()
+    if w is None:
+        raise ValueError("these adapters have no router (trained with --adapter rep)")
+    w = w.detach().float().cpu()
+    print(table(w))
+    picture(w, file)
+    print(f"wrote {file}", file=sys.stderr)

@@ -17,7 +17,6 @@ from pathlib import Path
 import prompts
 from prompts import LETTERS, Sample
 
-
 # --- files of predictions --------------------------------------------------------------------------
 
 def read_predictions(path: str | Path) -> dict[str, object]:

@@ -23,25 +23,25 @@ import torch.nn as nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-import clip
 import cli
+import clip
 import data
-from speed import decoding
 import llama
 from adapters import AdapterConfig, MMAdapter, trainable
 from clip import CLIPConfig, VisionTransformer
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
+from prompts import Sample
+from speed import decoding
 from speed.machine import matmul_peak, seconds
 from speed.price import A100, EPOCHS, PROBLEMS, Kind, Load, balance, draw, flops, kinds, memory, useful
-from prompts import Sample
 
 PRESETS = {
-    "tiny": (llama.from_name("tiny"), clip.from_name("tiny")),
+    "tiny": (llama.PRESETS["tiny"], clip.PRESETS["tiny"]),
     "small": (LLaMAConfig(dim=512, n_layers=8, n_heads=8, ffn_dim=1376),
               CLIPConfig(width=128, layers=6, heads=2, cls_every=1)),
-    "7B": (llama.from_name("7B"), clip.from_name("ViT-L/14")),
-    "13B": (llama.from_name("13B"), clip.from_name("ViT-L/14")),
+    "7B": (llama.PRESETS["7B"], clip.PRESETS["ViT-L/14"]),
+    "13B": (llama.PRESETS["13B"], clip.PRESETS["ViT-L/14"]),
 }
 
 

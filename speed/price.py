@@ -19,7 +19,8 @@ import weights
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer
 from lavin import LOSS_ROWS, LaVIN, LaVINConfig
-from llama import LLaMA, LLaMAConfig, Tokenizer
+from llama import LLaMA, LLaMAConfig
+from official.tokenizer import Tokenizer
 
 PROBLEMS, EPOCHS = 12_726, 20  # the paper's recipe: ScienceQA's train split, 20 times
 
@@ -184,7 +185,11 @@ STATED = 0.7  # share of it that a price assumes
 
 def sizes(name: str, presets: dict, config: type, read: Callable):
     """of a preset, or of a folder of weights, whose tensors stay where they are"""
-    return presets[name] if name in presets else config(**read(name)[0])
+    if name in presets:
+        return presets[name]
+    if not Path(name).exists():
+        raise ValueError(f"{name}: neither a folder of weights nor one of {', '.join(presets)}")
+    return config(**read(name)[0])
 
 
 def problems_of(cfg, model: LaVIN) -> tuple[list[Kind], str]:
@@ -193,7 +198,7 @@ def problems_of(cfg, model: LaVIN) -> tuple[list[Kind], str]:
     if not all(Path(path).exists() for path in (cfg.llama, *(source.path for source in sources))):
         known = [kind._replace(picture=kind.picture and cfg.vision) for kind in kinds(cfg.max_len)]
         return [known[i % len(known)] for i in range(PROBLEMS)], "ScienceQA"
-    tokenizer = Tokenizer.from_pretrained(cfg.llama, model.llama.cfg.vocab_size)
+    tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
     found = []
     for source in sources:
         samples = source.read("train", cfg.format, cfg.captions, cfg.vision)

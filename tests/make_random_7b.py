@@ -24,7 +24,9 @@ import llama
 import weights
 from lavin import LaVIN, LaVINConfig
 from official import clip_layouts, llama_layouts
+from official.adapter_files import write_adapters
 from official.tensorfiles import Lazy, Tensors, write_folder
+from official.tokenizer import Tokenizer
 
 
 def random_tensor(seed: int, shape: torch.Size) -> torch.Tensor:
@@ -39,10 +41,10 @@ def random_tensors(model: torch.nn.Module) -> Tensors:
 
 
 def make(folder: Path, llm: str, vit: str, tokenizer: Path, shard: int) -> None:
-    vocab_size = llama.Tokenizer(tokenizer).vocab_size
+    vocab_size = Tokenizer(tokenizer).vocab_size
     with torch.device("meta"):  # names and shapes only
-        language = llama.LLaMA(dataclasses.replace(llama.from_name(llm), vocab_size=vocab_size))
-        vision = clip.VisionTransformer(clip.from_name(vit))
+        language = llama.LLaMA(dataclasses.replace(llama.PRESETS[llm], vocab_size=vocab_size))
+        vision = clip.VisionTransformer(clip.PRESETS[vit])
     for model, to_hf, name in ((language, llama_layouts.to_hf, "llama"), (vision, clip_layouts.to_hf, "clip")):
         write_folder(folder / name, *to_hf(dataclasses.asdict(model.cfg), random_tensors(model)), limit=shard)
         print(weights.show(folder / name), end="\n\n")
@@ -53,7 +55,7 @@ def make(folder: Path, llm: str, vit: str, tokenizer: Path, shard: int) -> None:
     with torch.no_grad():
         for p in adapters.trainable(model).values():
             p.add_(torch.randn_like(p) * 0.01)
-    adapters.write_adapters(folder / "adapters.safetensors", adapters.trainable(model), {
+    write_adapters(folder / "adapters.safetensors", adapters.trainable(model), {
         "lavin": dataclasses.asdict(model.cfg), "llama": dataclasses.asdict(language.cfg), "base": None,
         "format": "QCM-ALE", "captions": False, "max_new_tokens": 64})
 

@@ -7,22 +7,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import ROOT
 
-import adapters
-from speed import bench
 import cli
 import data
-from speed import machine
 import llama
-from speed import price
 import prompts
 import train
 from adapters import AdapterConfig, trainable
-from speed.bench import Ours
 from clip import VisionTransformer
-from conftest import ROOT
 from lavin import LaVIN, LaVINConfig
-from llama import LLaMA, LLaMAConfig
+from llama import LLaMA
+from official import adapter_files
+from official.tokenizer import Tokenizer
+from speed import bench, machine, price
+from speed.bench import Ours
 from speed.price import Kind, Load
 from tiny import world
 
@@ -61,7 +60,7 @@ def test_the_table_equals_the_real_problems():
     if not folder.is_dir():
         pytest.skip("needs the real problems and LLaMA's tokenizer")
     samples = [s for split in ("train", "val", "test") for s in prompts.read_scienceqa(folder / "scienceqa", split)]
-    examples, _ = data.encode_all(samples, llama.Tokenizer(folder / "llama_tokenizer.model"), 6, 512)
+    examples, _ = data.encode_all(samples, Tokenizer(folder / "llama_tokenizer.model"), 6, 512)
     real = Load.of([Kind(e.length, e.start, e.n_image > 0) for e in examples]).times(1 / len(examples))
     table = Load.of(price.kinds()).times(1 / len(price.kinds()))
     assert all(a == pytest.approx(b, rel=0.01) for a, b in zip(real[:4], table[:4]))
@@ -103,7 +102,7 @@ def test_hardly_a_flop_is_not_useful():
 
 def test_a_7b_block_keeps_at_most_95_kb_of_a_token():
     """The floor is 93.3; without one of the recomputed regions it would be 102, 111 or 116."""
-    assert 93_000 < bench.block_bytes(llama.from_name("7B"), torch.bfloat16, CPU, lengths=(200, 56)) <= 95_000
+    assert 93_000 < bench.block_bytes(llama.PRESETS["7B"], torch.bfloat16, CPU, lengths=(200, 56)) <= 95_000
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -127,7 +126,7 @@ def test_peaks_and_file_sizes_at_paper_scale(tmp_path):
         for name, p in trainable(model).items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.zeros(p.shape)))
-        adapters.write_adapters(tmp_path / "a.safetensors", trainable(model), {})
+        adapter_files.write_adapters(tmp_path / "a.safetensors", trainable(model), {})
         assert round((tmp_path / "a.safetensors").stat().st_size / 1e6, 1) == megabytes
 
 

@@ -3,11 +3,11 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
 import prompts
-from conftest import ROOT
 from prompts import Sample
 
 REAL = ROOT.parent / "shared/data"
@@ -115,7 +115,7 @@ needs_real = pytest.mark.skipif(not (REAL / "scienceqa").is_dir(), reason="the r
 @needs_real
 def test_real_problems_with_the_real_tokenizer():
     """Counted once on the 1,773 real problems: QCM-ALE has 300 tokens on average, median 277, 7% over 512."""
-    from llama import Tokenizer
+    from official.tokenizer import Tokenizer
     tokenizer = Tokenizer(REAL / "llama_tokenizer.model")
     samples = [s for split in ("train", "val", "test") for s in prompts.read_scienceqa(REAL / "scienceqa", split)]
     assert len(samples) == 1773

@@ -1,14 +1,13 @@
 """Every equation of the paper against a naive recomputation, and every equation tagged where it lives."""
 import re
-from dataclasses import replace
 
+import naive
 import numpy as np
 import pytest
 import torch
-
-import naive
-from adapters import AdapterConfig, MMAdapter, RepAdapter, trainable
 from conftest import CLIP, LLAMA, N_CLS, ROOT, ROWS, all_logits, close, ids_of, make_batch, make_lavin
+
+from adapters import AdapterConfig, MMAdapter, RepAdapter, trainable
 
 
 def adapter(kind, d=12, **cfg):

@@ -8,21 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import naive
 import numpy as np
+import published
 import pytest
 import torch
+from conftest import ROOT, ROWS, make_batch, make_lavin
 
-from evaluation import answering
 import data
 import evaluate
 import lavin
-import naive
 import prompts
-import published
-from evaluation import scores
 import train
-from conftest import ROOT, ROWS, make_batch, make_lavin
-from llama import Tokenizer
+from evaluation import answering, scores
+from official.tokenizer import Tokenizer
 
 TINY = ["--llama", f"{ROOT}/tiny/llama", "--clip", f"{ROOT}/tiny/clip", "--device", "cpu"]
 MME = {"existence": 3, "artwork": 2, "code_reasoning": 1}

@@ -1,12 +1,11 @@
 """Pictures drawn by hand, not by the small world's generator: other sizes, other strokes, another file format."""
 import sys
 
-import pytest
+from conftest import ROOT
 from PIL import Image, ImageDraw
 
 import cli
 import sample
-from conftest import ROOT
 
 
 def canvas(width, height, paper=(255, 255, 255)):

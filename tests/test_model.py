@@ -4,23 +4,25 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CLIP, LLAMA, ROWS, all_logits, close, make_batch, make_lavin, masks, randomize
 
 import adapters
 import clip
 import lavin as lavin_module
 import llama
+import weights
 from adapters import AdapterConfig, trainable
 from clip import VisionTransformer
-from conftest import CLIP, LLAMA, ROWS, all_logits, close, make_batch, make_lavin, masks, randomize
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
+from official import adapter_files
 from speed import compiling, step
 
 
 def count(size: str, encoder: str, **cfg) -> dict[str, int]:
     with torch.device("meta"):
         adapter = AdapterConfig(cfg.pop("kind", "mm"))
-        model = LaVIN(LLaMA(llama.from_name(size)), VisionTransformer(clip.from_name(encoder)), LaVINConfig(adapter, **cfg))
+        model = LaVIN(LLaMA(llama.PRESETS[size]), VisionTransformer(clip.PRESETS[encoder]), LaVINConfig(adapter, **cfg))
     counts = {}
     for name, p in trainable(model).items():
         counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + p.numel()
@@ -56,9 +58,6 @@ def test_identity_at_init(kind):
 
 
 def test_unknown_names_list_the_known():
-    for from_name in (llama.from_name, clip.from_name):
-        with pytest.raises(ValueError, match="known: .*tiny"):
-            from_name("nonesuch")
     with pytest.raises(ValueError, match="known: mm, rep"):
         adapters.new_adapter(8, AdapterConfig("nonesuch"))
 
@@ -148,7 +147,7 @@ def test_folded_equals_unfolded(kind):
 
 def test_folding_keeps_one_set_of_projections():
     folded = make_lavin().fold(1)
-    a, (W, b) = folded.llama.layers[0].attention, folded.folded[1][0]
+    a, (W, _) = folded.llama.layers[0].attention, folded.folded[1][0]
     assert [x.weight.data_ptr() for x in (a.wq, a.wk, a.wv)] == [x.data_ptr() for x in W.chunk(3)]  # views, no copies
 
 
@@ -330,18 +329,18 @@ def test_prompt_longer_than_the_context(lavin):
 def test_adapter_file_round_trip_and_refusals(tmp_path, lavin):
     path = tmp_path / "a.safetensors"
     lavin.save(path, format="QCM-A")
-    tensors, meta = adapters.read_adapters(path)
-    assert meta["format"] == "QCM-A" and meta["lavin"]["adapter"]["tau"] == 10.0 and meta["base"] == lavin.fingerprint()
+    tensors, meta = adapter_files.read_adapters(path)
+    assert meta["format"] == "QCM-A" and meta["lavin"]["adapter"]["tau"] == 10.0 and meta["base"] == weights.fingerprint(lavin)
     other = make_lavin(trained=False)
-    adapters.load_adapters(other, tensors)
+    adapter_files.fill(trainable(other), tensors, path)
     assert all(torch.equal(a, b) for a, b in zip(trainable(lavin).values(), trainable(other).values()))
-    assert other.fingerprint() == lavin.fingerprint() != make_lavin(seed=1).fingerprint()
+    assert weights.fingerprint(other) == weights.fingerprint(lavin) != weights.fingerprint(make_lavin(seed=1))
     with pytest.raises(ValueError, match="unknown"):
-        adapters.load_adapters(make_lavin(vit_adapters=False), tensors)
+        adapter_files.fill(trainable(make_lavin(vit_adapters=False)), tensors, path)
     with pytest.raises(ValueError, match="another size"):
-        adapters.load_adapters(make_lavin(neck_dim=16), tensors)
+        adapter_files.fill(trainable(make_lavin(neck_dim=16)), tensors, path)
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="cut.safetensors: not a readable safetensors file"):
-        adapters.read_adapters(tmp_path / "cut.safetensors")
+        adapter_files.read_adapters(tmp_path / "cut.safetensors")
     with pytest.raises(FileNotFoundError):
-        adapters.read_adapters(tmp_path / "none.safetensors")
+        adapter_files.read_adapters(tmp_path / "none.safetensors")

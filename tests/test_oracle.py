@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers; see requirements-dev.txt")
 
+from conftest import close, randomize
+from weights_on_disk import copy_folder, write_meta, write_openai
+
 import weights
 from clip import MEAN_STD, VisionTransformer, preprocess
-from conftest import close, randomize
 from data import Example, collate
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
-from weights_on_disk import copy_folder, write_meta, write_openai
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

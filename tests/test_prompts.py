@@ -3,10 +3,10 @@ import json
 import os
 from pathlib import Path
 
+import published
 import pytest
 
 import prompts
-import published
 from evaluation import benchmarks, scores
 from prompts import build_prompt, build_response
 

@@ -1,14 +1,14 @@
-"""What README.md, tiny/README.md and speed/RESULTS.md promise exists: commands, flags, files, links, equations."""
+"""What the three texts for readers promise exists: commands, flags, files, links, equations."""
 import dataclasses
 import re
 import shlex
 
 import pytest
+from conftest import ROOT
 
 import evaluate
 import sample
 import train
-from conftest import ROOT
 from speed import bench
 
 README, RESULTS, TINY = "README.md", "speed/RESULTS.md", "tiny/README.md"

@@ -3,12 +3,15 @@ import io
 import sys
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import cli
+import lavin
 import sample
+from evaluation import conversation
+from official import tokenizer
 from speed import machine
-from conftest import ROOT
 
 
 @pytest.fixture
@@ -55,8 +58,8 @@ def test_own_picture(ask, tmp_path):
 
 def test_chat_keeps_picture_and_history(ask, monkeypatch):
     seen = []
-    example = sample.Conversation.example
-    monkeypatch.setattr(sample.Conversation, "example", lambda *a: seen.append(example(*a)) or seen[-1])
+    example = conversation.Conversation.example
+    monkeypatch.setattr(conversation.Conversation, "example", lambda *a: seen.append(example(*a)) or seen[-1])
     out, _ = ask("--chat", "--image", "tiny/demo.png", stdin="What color is the circle?\nSeen from the circle, where is the square?\n\n")
     first, second = seen
     assert first.n_image == second.n_image == 6 and second.rest[:len(first.rest)] == first.rest
@@ -66,8 +69,8 @@ def test_chat_keeps_picture_and_history(ask, monkeypatch):
 
 
 def test_chat_looks_at_a_picture_once(ask, monkeypatch):
-    looked, look = [], sample.lavin.LaVIN.encode_images
-    monkeypatch.setattr(sample.lavin.LaVIN, "encode_images", lambda *a: looked.append(1) or look(*a))
+    looked, look = [], lavin.LaVIN.encode_images
+    monkeypatch.setattr(lavin.LaVIN, "encode_images", lambda *a: looked.append(1) or look(*a))
     questions = "What color is the circle?\n" * 3
     out, _ = ask("--chat", "--image", "tiny/demo.png", stdin=f"{questions}/reset\n{questions}/image tiny/demo.png\n{questions}")
     lines = out.splitlines()
@@ -97,7 +100,7 @@ def test_chat_forgets_the_oldest_turns_when_the_context_is_full(ask):
 
 
 def test_ctrl_c_stops_the_answer_not_the_chat(ask, monkeypatch):
-    stream, calls = sample.Tokenizer.stream, []
+    stream, calls = tokenizer.Tokenizer.stream, []
 
     def interrupted(self, ids):
         calls.append(1)
@@ -106,7 +109,7 @@ def test_ctrl_c_stops_the_answer_not_the_chat(ask, monkeypatch):
                 raise KeyboardInterrupt
             yield piece
 
-    monkeypatch.setattr(sample.Tokenizer, "stream", interrupted)
+    monkeypatch.setattr(tokenizer.Tokenizer, "stream", interrupted)
     out, _ = ask("--chat", stdin="What is the capital of France?\nWhat is the capital of Italy?\n")
     assert out.splitlines()[0] == "The capital of" and out.splitlines()[1].startswith("The capital of Italy is Rome.")
 

@@ -6,13 +6,12 @@ import subprocess
 import sys
 from collections import Counter
 
+import published
 import pytest
+from conftest import ROOT
 
 import evaluate
-import prompts
-import published
 from evaluation import scores
-from conftest import ROOT
 from prompts import Sample
 from tiny import world
 

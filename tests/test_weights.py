@@ -11,22 +11,23 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import make_random_7b
 import pytest
 import torch
+from conftest import LLAMA, ROOT, ROWS, close, make_batch, make_lavin, randomize
 from safetensors.torch import load_file, save_file
+from weights_on_disk import released_state, write_meta, write_openai
 
 import adapters
 import cli
 import lavin
-import make_random_7b
 import sample
 import weights
 from clip import CLIPConfig, VisionTransformer
-from conftest import LLAMA, ROOT, ROWS, close, make_batch, make_lavin, randomize
 from lavin import LaVIN
-from llama import LLaMA, LLaMAConfig, Tokenizer
-from official import clip_layouts, configs, llama_layouts, tensorfiles, torchscript
-from weights_on_disk import released_state, write_meta, write_openai
+from llama import LLaMA, LLaMAConfig
+from official import adapter_files, clip_layouts, configs, llama_layouts, tensorfiles, torchscript
+from official.tokenizer import Tokenizer
 
 TOKENIZER = ROOT / "tiny" / "llama" / "tokenizer.model"
 REAL = ROOT.parent / "shared" / "data" / "llama_tokenizer.model"
@@ -797,18 +798,18 @@ def test_released_tensors_of_the_wrong_type(tmp_path, name, value, message):
 def test_adapter_metadata_of_the_wrong_type(tmp_path, section, key, value, message):
     file = tmp_path / "a.safetensors"
     make_lavin().save(file, format="QCM-A", captions=False, max_new_tokens=8)
-    tensors, meta = adapters.read_adapters(file)
+    tensors, meta = adapter_files.read_adapters(file)
     place = meta
     for name in section.split():
         place = place[name]
     place[key] = value
-    adapters.write_adapters(file, tensors, meta)
+    adapter_files.write_adapters(file, tensors, meta)
     fails(lambda: weights.read_adapters(file), "a.safetensors: ", message, "restore the original file")
 
 
 @pytest.mark.parametrize("config", ["[1]", "3", "{", "[" * 10**5, None])
 def test_adapter_metadata_that_are_no_object(tmp_path, config):
-    meta = {"format": adapters.FORMAT} | ({} if config is None else {"config": config})
+    meta = {"format": adapter_files.FORMAT} | ({} if config is None else {"config": config})
     save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors", metadata=meta)
     fails(lambda: weights.read_adapters(tmp_path / "a.safetensors"), "a.safetensors: ", "metadata", "restore")
 
@@ -846,10 +847,10 @@ needs_real = pytest.mark.skipif(not REAL.is_file(), reason="LLaMA's tokenizer is
 def test_tokenizer_of_a_folder(tmp_path):
     tokenizer = Tokenizer(TOKENIZER)
     (tmp_path / "7B").mkdir()
-    fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 61), "7B/tokenizer.model: not found, neither here nor one folder up")
+    fails(lambda: Tokenizer(tmp_path / "7B", 61), "7B/tokenizer.model: not found, neither here nor one folder up")
     shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.model")
-    assert Tokenizer.from_pretrained(tmp_path / "7B", tokenizer.vocab_size).encode("a b") == tokenizer.encode("a b")
-    fails(lambda: Tokenizer.from_pretrained(tmp_path / "7B", 32000), f"tokenizer.model: {tokenizer.vocab_size} pieces, but the "
+    assert Tokenizer(tmp_path / "7B", tokenizer.vocab_size).encode("a b") == tokenizer.encode("a b")
+    fails(lambda: Tokenizer(tmp_path / "7B", 32000), f"tokenizer.model: {tokenizer.vocab_size} pieces, but the "
           "LLaMA has 32000 embeddings", "the tokenizer.model that came with this LLaMA")
 
 

@@ -5,14 +5,15 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import ROOT
 
 import clip
 import llama
 import prompts
-from evaluation import scores
 import weights
-from conftest import ROOT
-from llama import LLaMA, LLaMAConfig, Tokenizer
+from evaluation import scores
+from llama import LLaMA, LLaMAConfig
+from official.tokenizer import Tokenizer
 from tiny import corpus, make_llm, scenes, world
 
 
@@ -103,5 +104,5 @@ def test_stacked_words_add_up_where_they_stand():
 
 
 def test_the_tiny_presets_are_what_is_embedded():
-    assert LLaMAConfig(**weights.read_llama(ROOT / "tiny/llama")[0]) == llama.from_name("tiny")
-    assert clip.CLIPConfig(**weights.read_clip(ROOT / "tiny/clip")[0]) == clip.from_name("tiny")
+    assert LLaMAConfig(**weights.read_llama(ROOT / "tiny/llama")[0]) == llama.PRESETS["tiny"]
+    assert clip.CLIPConfig(**weights.read_clip(ROOT / "tiny/clip")[0]) == clip.PRESETS["tiny"]

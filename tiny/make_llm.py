@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from llama import LLaMA, LLaMAConfig, Tokenizer  # noqa: E402
+from llama import LLaMA, LLaMAConfig  # noqa: E402
+from official.tokenizer import Tokenizer
 from tiny import corpus, scenes, world  # noqa: E402
 
 VOCAB_SIZE = 1096  # 256 bytes and just enough merges to make every word one piece
@@ -222,7 +223,7 @@ def train(args, tokenizer: Tokenizer) -> None:
     source = batches(stream, tokenizer, args.tokens, lambda: 1 if step > args.steps - args.decay // 2 else 2)
     letters = torch.tensor([tokenizer.encode(c)[0] for c in world.LETTERS])
     running, letter, seen, start = 3.0, 3.0, 0, time.time()
-    for step in range(step + 1, args.steps + 1):
+    for step in range(step + 1, args.steps + 1):  # noqa: B020
         rate = args.lr * min(1, step / 100, (args.steps - step + 1) / args.decay)
         for group in optimizer.param_groups:
             group["lr"] = rate

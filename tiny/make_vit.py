@@ -179,7 +179,7 @@ class Contrast(nn.Module):
 
     def __init__(self, cfg: Config, dim: int = 128):
         super().__init__()
-        self.vit = VisionTransformer(clip.from_name("tiny"))
+        self.vit = VisionTransformer(clip.PRESETS["tiny"])
         size = self.vit.cfg
         self.vit.positional_embedding.data.copy_(waves((size.image_size // size.patch_size) ** 2, size.width))
         self.text = TextTower(96, dim)

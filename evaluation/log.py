@@ -1,0 +1,45 @@
+"""The log of a training run: a line per interval on stderr, and the same in log.jsonl."""
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cli import clock
+from official.adapter_files import write_atomically
+
+
+class Log:
+    """One line per interval on stderr, the same in log.jsonl. Until then losses stay on the GPU."""
+
+    def __init__(self, path: Path, total: int, first: int):
+        rows = path.read_bytes().splitlines(keepends=True) if path.is_file() and first else []
+        try:
+            rows = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= first]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: a damaged line; delete it, or move the file away") from None
+        write_atomically(path, b"".join(rows))  # steps after the checkpoint are run, and logged, again
+        self.file = open(path, "a", buffering=1)
+        self.total, self.first, self.started = total, first, time.time()
+        self.since, self.values, self.tokens = self.started, [], 0
+
+    def step(self, values: torch.Tensor, tokens: int) -> None:
+        """values [2]: the step's loss and its squared gradient norm"""
+        self.values.append(values)
+        self.tokens += tokens
+
+    def line(self, step: int, lr: float, device: torch.device) -> torch.Tensor:
+        """Print the interval that ends with `step`; return its losses."""
+        losses, norms = torch.stack(self.values).cpu().unbind(1)
+        now = time.time()
+        row = {"step": step, "loss": round(losses.mean().item(), 4), "lr": round(lr, 6),
+               "grad_norm": round(norms[-1].sqrt().item(), 4), "tokens_per_s": round(self.tokens / (now - self.since)),
+               "eta": clock((now - self.started) / (step - self.first) * (self.total - step))}
+        if device.type == "cuda":
+            row["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+        print(" | ".join([f"step {step}/{self.total}", *(f"{k} {v}" for k, v in row.items() if k != "step")]),
+              file=sys.stderr)
+        self.file.write(json.dumps(row) + "\n")
+        self.since, self.values, self.tokens = now, [], 0
+        return losses

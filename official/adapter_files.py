@@ -1,0 +1,103 @@
+"""Our own files. Adapters: safetensors in fp32, with JSON metadata. Checkpoints: what a stopped run continues from.
+
+The metadata rebuild the model around its base: configuration, sizes and fingerprint of the base, prompt format. The
+checkpoints that the authors released are in released.py.
+"""
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from official.mistakes import BadFile, damaged
+from official.tensorfiles import load_torch
+
+FORMAT = "lavin-adapters"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file, fsync, rename: after a crash there is the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+
+
+def write_adapters(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
+    """Atomic; ValueError if a value is not finite, because such adapters are useless."""
+    tensors = {name: t.detach().float().contiguous().cpu() for name, t in tensors.items()}
+    check_finite(path, tensors)
+    write_atomically(Path(path), save(tensors, {"format": FORMAT, "config": json.dumps(meta)}))
+
+
+def read_adapters(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors by name, metadata); ValueError if the file is something else, or its metadata are not JSON."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such adapter file; `python train.py` writes one")
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except Exception as e:  # safetensors raises its own type
+        raise BadFile(f"{path}: not a readable safetensors file ({e})") from None
+    if meta.get("format") != FORMAT:
+        raise BadFile(f"{path}: a safetensors file without LaVIN adapters; expected one that train.py wrote")
+    try:
+        return tensors, json.loads(meta["config"])
+    except (KeyError, RecursionError, ValueError):
+        raise BadFile(f"{path}: its metadata are not valid JSON; restore the original file") from None
+
+
+def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise BadFile(f"{path}: {name} holds values that are not finite; the training run diverged, "
+                          "start it again with a lower --lr or with --clip_grad 1")
+
+
+def fill(params: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Copy `tensors` into `params`; ValueError unless every name and every shape matches and all are finite."""
+    shapes = [f"{n} {list(tensors[n].shape)}, the model has {list(params[n].shape)}"
+              for n in params.keys() & tensors.keys() if params[n].shape != tensors[n].shape]
+    for problem, names in (("lacks", sorted(params.keys() - tensors.keys())),
+                           ("has unknown", sorted(tensors.keys() - params.keys())),
+                           ("is for a base of another size:", shapes)):
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise BadFile(f"{path}: {problem} {names[0]}{more}")
+    check_finite(path, tensors)
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(tensors[name])
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Atomic. ValueError before anything is written if the adapters in `state` are not finite."""
+    check_finite(path, state["adapters"])
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_atomically(path, file.getvalue())
+
+
+def read_checkpoint(path: Path) -> dict:
+    """ValueError if the file is damaged or holds something else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nothing to resume from; run without --resume first")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()  # torch does not compare the checksums
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as e:
+        raise damaged(path, e) from None
+    if bad:
+        raise damaged(path, f"wrong checksum of {bad}")
+    state = load_torch(path)
+    if not isinstance(state, dict) or not {"step", "run", "optimizer", "adapters"} <= state.keys() \
+            or not isinstance(state["run"], dict):
+        raise BadFile(f"{path}: not a checkpoint that train.py wrote")
+    return state
