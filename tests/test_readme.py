@@ -1,8 +1,9 @@
-"""What the README promises exists: files, flags, make targets, and a home for every equation."""
+"""What the three texts for readers promise exists: commands, flags, files, links, equations."""
 import dataclasses
 import re
 import shlex
 
+import pytest
 from conftest import ROOT
 
 import evaluate
@@ -10,49 +11,92 @@ import sample
 import train
 from speed import bench
 
-README = (ROOT / "README.md").read_text()
-CODE = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
-SCRIPTS = {"train.py": train.Config, "sample.py": sample.Config, "evaluate.py": evaluate.ScienceQA, "speed.bench": bench.Config}
+README, RESULTS, TINY = "README.md", "speed/RESULTS.md", "tiny/README.md"
+TEXTS = {name: (ROOT / name).read_text() for name in (README, RESULTS, TINY)}
+CONFIGS = {"train.py": train.Config, "sample.py": sample.Config, "speed.bench": bench.Config}
+EVALUATE = [config for config, _ in evaluate.COMMANDS.values()]
+ALL_FLAGS = {f.name for config in (*CONFIGS.values(), *EVALUATE) for f in dataclasses.fields(config)}
 
 
-def test_commands_use_flags_that_exist():
+def inline(text: str) -> list[str]:
+    """Every `span` of code outside the fenced blocks, on one line."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+
+
+def commands(text: str) -> list[str]:
+    """Every line of a ```sh block, continuation lines joined, and every inline command that runs Python."""
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    return blocks.splitlines() + [code for code in inline(text) if re.search(r"\b(python|torchrun) ", code)]
+
+
+def flags(words: list[str]) -> set[str]:
+    return {word[2:].removeprefix("no-") for word in words if word.startswith("--")}
+
+
+@pytest.mark.parametrize("name, at_least", [(README, 14), (RESULTS, 9), (TINY, 1)])
+def test_commands_use_flags_that_exist(name, at_least):
     seen = 0
-    for line in CODE.splitlines():
+    for line in commands(TEXTS[name]):
         words = shlex.split(line, comments=True)
-        script = next((w for w in words if w in SCRIPTS), None)
+        script = next((w for w in words if w in (*CONFIGS, "evaluate.py")), None)
         if script:
-            config = SCRIPTS[script]
+            after = words[words.index(script) + 1:]
             if script == "evaluate.py":
-                config, _ = evaluate.COMMANDS.get([*words, ""][words.index(script) + 1], evaluate.COMMANDS["scienceqa"])
-            fields = {f.name for f in dataclasses.fields(config)}
-            flags = [w[2:].removeprefix("no-") for w in words[words.index(script):] if w.startswith("--")]
-            assert set(flags) <= fields, line
+                command = after[0] if after and not after[0].startswith("-") else "scienceqa"
+                config = evaluate.COMMANDS[command][0]
+            else:
+                config = CONFIGS[script]
+                assert script != "speed.bench" or after[0] in bench.COMMANDS, line
+            assert flags(after) <= {f.name for f in dataclasses.fields(config)}, line
             seen += 1
-    assert seen >= 8
+        file = next((w for w in words if w.endswith(".py")), None)
+        assert file is None or (ROOT / file).is_file(), line
+    assert seen >= at_least
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_flags_in_prose_exist(name):
+    for code in inline(TEXTS[name]):
+        assert flags(code.split()) <= ALL_FLAGS, code
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_it_names_exist(name):
+    text = TEXTS[name]
+    for file in re.findall(r"`([\w./]+\.(?:py|png|txt|md)|\w+/)`", text):
+        assert (ROOT / file).exists(), file
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)|<img src=\"([^\"]+)\"", text):
+        assert (ROOT / name).parent.joinpath("".join(target)).is_file(), target
 
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", CODE, re.M):
+    targets = re.findall(r"^make (\w+)", "\n".join(commands(TEXTS[README])), re.M)
+    assert targets == ["demo", "test"]
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-def test_files_it_names_exist():
-    for name in re.findall(r"`([\w/]+\.(?:py|png|txt))`", README):
-        assert (ROOT / name).is_file(), name
+def test_it_is_short():
+    lines = TEXTS[README].splitlines()
+    assert len(lines) <= 180
+    assert not [line for text in TEXTS.values() for line in text.splitlines()
+                if len(line) > 110 and not line.startswith("|")]
 
 
 def test_equation_map():
-    """each function that the map names holds the tag of its equation"""
-    rows = re.findall(r"^\| Eq\. \((\d)\)[^|]*\| (.*?) \|$", README, re.M)
+    """Each function that the map names holds the tag of its equation."""
+    rows = re.findall(r"^\| Eq\. \((\d)\)[^|]*\| (.*?) \|$", TEXTS[README], re.M)
     assert [int(n) for n, _ in rows] == list(range(1, 9))
-    source = {f.name: f.read_text() for f in ROOT.glob("*.py")}
+    source = [f.read_text() for f in ROOT.glob("*.py")]
     for n, places in rows:
-        for place in re.findall(r"`(\w+(?:\.\w+)?)`", places.split(";")[0]):
-            body = [re.search(rf"^( *)def {place.split('.')[-1]}\(.*?(?=^\1\S|\Z)", text, re.M | re.S) for text in source.values()]
-            text = [re.search(rf"^class {place.split('.')[0]}\b.*?(?=^\S|\Z)", t, re.M | re.S) for t in source.values()] if "." in place else body
-            found = [m[0] for m in text if m]
-            if "." in place:
-                method = place.split(".")[1]
-                found = [m[0] for f in found if (m := re.search(rf"^    def {method}\(.*?(?=^    (?:def|@)|\Z)", f, re.M | re.S))]
-            assert any(f"Eq. ({n})" in f for f in found), f"Eq. ({n}) is not tagged in {place}"
+        for place in re.findall(r"`([\w.]+)`", places):
+            owner, _, name = place.rpartition(".")
+            texts, indent = source, ""
+            if owner:
+                cls, indent = rf"^class {owner}\b.*?(?=^\S|\Z)", "    "
+                texts = [m[0] for t in source if (m := re.search(cls, t, re.M | re.S))]
+            function = rf"^{indent}def {name}\(.*?(?=^{indent}[^\s)]|^[^\s)]|\Z)"
+            found = [m[0] for t in texts if (m := re.search(function, t, re.M | re.S))]
+            assert any(f"# Eq. ({n})" in f for f in found), f"{place} has no comment # Eq. ({n})"

@@ -7,7 +7,7 @@
 2. tiny/clip      make_vit.py: a CLIP ViT, pretrained on generated picture-caption pairs with a throw-away text tower
 3. tiny/adapters.safetensors   train.py: what `make demo` trains, seed 0
 
-The figures that this reached, and how long it took, are in the README.
+tiny/README.md tells what this reached and how long it took.
 """
 import json
 import shutil
