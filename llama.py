@@ -142,7 +142,9 @@ class Block(nn.Module):
         return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)
 
     def forward(self, x, w, attend, keep=None):
-        """x [B, T, C]; w: routing weights; attend(q, k, v): attention over the keys that a query sees"""
+        """x [B, T, C]; w: routing weights; attend(q, k, v): attention over the keys that a query sees;
+        keep: hidden units of the adapter that survive dropout, [B, T, r]
+        """
         x = x + self.attention(recompute(self.adapted, x, w, keep), attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 

@@ -4,7 +4,7 @@
     python sample.py --image x.jpg --prompt "What color is the circle?"             about an image of yours
     python sample.py --prompt "What is the opposite of hot? (A) wet (B) cold"       text alone, with options
     python sample.py --chat --image x.jpg                              several turns about one image
-    python sample.py --routing                                         which expert each layer uses
+    python sample.py --routing                                         how each layer weighs its two adapters
 
 The answer goes to stdout, everything else to stderr.
 """
@@ -61,7 +61,7 @@ def say(conversation: Conversation, prompt: str, cfg: Config) -> None:
 
 def chat(conversation: Conversation, cfg: Config) -> None:
     """Turns from stdin until it ends. A mistake in a turn is reported and costs nothing."""
-    print("Ask a question. /image PATH shows another image, /reset forgets the turns. Ctrl-C stops an answer, "
+    print("Ask a question. /image PATH shows an image, /reset forgets the turns. Ctrl-C stops an answer, "
           "Ctrl-D or an empty line ends the chat.", file=sys.stderr)
     line = cfg.prompt.strip()
     while True:

@@ -6,7 +6,7 @@
 
 Data parallelism is written out. A global batch is split over ranks, accumulation steps and micro-batches.
 Each rank adds up the gradients of its samples, one all-reduce sums the few million adapter gradients over the
-ranks, and every rank takes the same optimizer step. The result does not depend on the split.
+ranks, and every rank takes the same optimizer step. Every split gives the same update, apart from rounding.
 
 The folder --out holds adapters.safetensors, checkpoint.pt and log.jsonl. --resume continues from
 checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
@@ -151,7 +151,7 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, li
         say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept
     if not examples:
-        raise ValueError(f"{cfg.data}: no sample of the train split has a response within {cfg.max_len} tokens")
+        raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len {cfg.max_len}")
     return model, tokenizer, examples, tests
 
 
@@ -161,8 +161,8 @@ def check_losses(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
     if bad:
         step = last - len(losses) + bad[0]
         ids = " ".join(steps.examples[i].sample.id for i in steps.chosen(step))
-        raise ValueError(f"the loss of step {step} is not finite; its samples: {ids}. Nothing was saved since "
-                         "the last checkpoint. Start again with a lower --lr or --clip_grad 1, or look at them")
+        raise ValueError(f"the loss of step {step} is not finite; its samples: {ids}. Nothing was saved "
+                         "since the last checkpoint. Look at them, or start again with a lower --lr")
 
 
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
