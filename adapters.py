@@ -15,12 +15,13 @@ adaptation. A token t_m states which of the two the input is. In every layer a r
 adapters; it can learn to prefer one of them for images and the other for text.
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
-attention mask lets t_m see only itself, and hides t_m from all other tokens. So in every layer the state of t_m
-depends on the modality alone, and w too: two constant pairs per layer. This has three consequences. First, t_m runs
-outside the sequence (`LLaMA.route`). All positions then move by one, which changes nothing, because rotary attention
-depends only on differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has
-no activation. Third, `fold` can therefore merge a trained adapter into the projection that follows it. The ViT has
-no t_m: its router reads the image's own [cls] token, so there w differs from image to image.
+attention mask lets t_m see only itself, and hides t_m from all other tokens. So in every layer the state of
+t_m depends on the modality alone, and w too: two constant pairs per layer. This has three consequences.
+First, t_m runs outside the sequence (`LLaMA.route`). All positions then move by one, which changes nothing,
+because rotary attention depends only on differences of positions. Second, an adapter of LLaMA is one affine
+map per modality, because it has no activation. Third, `fold` can therefore merge a trained adapter into the
+projection that follows it. The ViT has no t_m: its router reads the image's own [cls] token, so there w
+differs from image to image.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z.
 

@@ -3,11 +3,11 @@
     with an image    [BOS] "Image: " X' prompt response [EOS]
     without          [BOS] "Image: N/A" prompt response [EOS]
 
-LaVIN inserts the visual tokens X'. The modality token is not in the sequence, see adapters.py. The targets are
-the response and EOS.
+LaVIN inserts the visual tokens X'. The modality token is not in the sequence, see adapters.py. The targets
+are the response and EOS.
 
-Everything random here depends only on (seed, epoch) or (seed, step, sample). So neither splitting a batch over
-processes or micro-batches nor resuming a run changes the result.
+Everything random here depends only on (seed, epoch) or (seed, step, sample). So neither splitting a batch
+over processes or micro-batches nor resuming a run changes the result.
 """
 import hashlib
 from dataclasses import dataclass

@@ -151,7 +151,7 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, li
         say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept
     if not examples:
-        raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len {cfg.max_len}")
+        raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
     return model, tokenizer, examples, tests
 
 
