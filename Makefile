@@ -10,15 +10,16 @@ demo: .venv/ready  ## train the adapters on the small world, print Table 1's col
 	$(BIN)/python sample.py --adapters out/adapters.safetensors --prompt "What is the opposite of hot? (A) wet (B) old (C) cold"
 
 test: .venv/ready-dev  ## all tests, on the CPU, offline
+	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade -r requirements.txt
+	$(BIN)/python -m pip install --quiet --upgrade -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 clean:  ## forget the environment, the generated data and the runs
