@@ -1,0 +1,77 @@
+"""walkthrough.py prints tiny/walkthrough.txt, and stops where an equation no longer agrees with naive.py."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT
+
+NUMBER = r"-?\d+\.\d+"
+DIFFERENCE = r"(largest difference +)(\S+)"
+
+# one line of each equation: file, code, the same code with a mistake
+MISTAKES = {
+    1: ("lavin.py", "t_m = m @ E_m", "t_m = m.flip(0) @ E_m"),
+    2: ("adapters.py", "return z + self.cfg.scale * router", "return self.cfg.scale * router"),
+    3: ("adapters.py", "w[0] * f_a1 + w[1] * f_a2", "w[1] * f_a1 + w[0] * f_a2"),
+    4: ("adapters.py", 'p.requires_grad_("adapter_" in name)', "p.requires_grad_(True)"),
+    5: ("lavin.py", "output.weight, batch.targets)", "output.weight, batch.targets.roll(1))"),
+    6: ("lavin.py", "self.W_u(F.silu(self.W_d(x)))", "self.W_u(F.gelu(self.W_d(x)))"),
+    7: ("lavin.py", "torch.cat([head, *X, rest])", "torch.cat([*X, head, rest])"),
+    8: ("lavin.py", "token = pick(logits,", "token = pick(-logits,"),
+}
+
+
+def run(folder) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "walkthrough.py"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> dict[int, subprocess.CompletedProcess]:
+    """The walkthrough in a copy of the repository with a mistake in Eq. (n), for every n."""
+    def run_broken(n):
+        file, code, mistake = MISTAKES[n]
+        source = (ROOT / file).read_text()
+        assert source.count(code) == 1, f"Eq. ({n}): {file} no longer holds {code!r} once; adapt MISTAKES"
+        folder = tmp_path_factory.mktemp(f"eq{n}")
+        for path in ROOT.glob("*"):
+            if path.name not in (file, "walkthrough.py"):
+                (folder / path.name).symlink_to(path)
+        shutil.copy(ROOT / "walkthrough.py", folder)  # Python imports from the folder of the real file
+        (folder / file).write_text(source.replace(code, mistake))
+        return run(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MISTAKES, pool.map(run_broken, MISTAKES)))
+
+
+def test_prints_what_tiny_walkthrough_txt_holds():
+    """Numbers may differ in their last digits: |a - b| < 2e-3 or 0.2 %. A difference has to be below 1e-4."""
+    done = run(ROOT)
+    assert done.returncode == 0, done.stderr
+    printed, saved = done.stdout, (ROOT / "tiny" / "walkthrough.txt").read_text()
+    assert all(float(x) < 1e-4 for _, x in re.findall(DIFFERENCE, printed))
+    printed, saved = (re.sub(DIFFERENCE, r"\1", text) for text in (printed, saved))
+    printed, saved = (re.sub(" #+$", "", text, flags=re.M) for text in (printed, saved))  # the bars
+    update = "python walkthrough.py > tiny/walkthrough.txt"
+    assert re.sub(NUMBER, "x", printed).split() == re.sub(NUMBER, "x", saved).split(), update
+    for a, b in zip(re.findall(NUMBER, printed), re.findall(NUMBER, saved)):
+        assert float(a) == pytest.approx(float(b), rel=2e-3, abs=2e-3), update
+
+
+def test_shows_every_equation_in_short_lines():
+    text = (ROOT / "tiny" / "walkthrough.txt").read_text()
+    assert re.findall(r"^Eq\. \((\d)\)", text, re.M) == list("12345678")
+    assert max(map(len, text.splitlines())) < 100
+
+
+@pytest.mark.parametrize("n", MISTAKES)
+def test_stops_at_a_mistake_in_an_equation(broken, n):
+    last_line = broken[n].stderr.strip().splitlines()[-1]
+    assert broken[n].returncode == 1
+    assert re.match("AssertionError: (.* differs from naive.py by|phi trains)", last_line), last_line
