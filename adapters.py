@@ -112,15 +112,15 @@ class MMAdapter(nn.Module):
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
         """t [.., d], the token that the router reads (t_m in LLaMA, [cls] in the ViT) -> w [.., 2] in fp32"""
-        # Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau)
+        # Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau); in the ViT, t is [cls]
         return torch.softmax(self.f_w(t).float() / self.cfg.tau, dim=-1)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """z [B, T, d], w [B or 1, T or 1, 2], keep [B, T, r] -> z' [B, T, d]"""
         h = dropout(self.phi_d(z), keep, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
-        w = w.type_as(h).split(1, dim=-1)  # w[0] and w[1]: [.., 1]
-        router = w[0] * f_a1 + w[1] * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z)) = w_0 f_a1(Z) + w_1 f_a2(Z)
+        w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
+        router = w_0 * f_a1 + w_1 * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z)) = w_0 f_a1(Z) + w_1 f_a2(Z)
         return z + self.cfg.scale * router  # Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m))
 
 

@@ -89,7 +89,7 @@ class Block(nn.Module):
         self.routing = "cls"  # or "token"
 
     def adapted(self, x, keep):
-        """The attention's input: normalised, then Eq. (2). There is no t_m here: the image routes itself.
+        """The attention's input: normalised, then Eq. (2). There is no t_m here: the router reads [cls].
 
         Released code: a slip in the tensor layout routes every image of a batch by the first one, token by
         token. Here: each image by its own [cls] token, which the authors say they meant. "token" equals the

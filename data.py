@@ -35,7 +35,7 @@ class Example:
 
     @property
     def start(self) -> int:
-        """Position of the first target."""
+        """Position of the first target, t_m not counted."""
         return len(self.head) + self.n_image + self.n_prompt
 
 

@@ -69,7 +69,8 @@ def negative_log_likelihood(h: torch.Tensor, W: torch.Tensor, targets: torch.Ten
             loss_i = -log_p.gather(1, targets_i[:, None]).sum()
         gradients += torch.autograd.grad(loss_i, h_i)
         loss += loss_i.detach()
-    return loss + (torch.cat(gradients) * (h - h.detach())).sum()  # adds 0, whose gradient is that of h
+    # the second term is 0; its gradient with respect to h is the one computed above
+    return loss + (torch.cat(gradients) * (h - h.detach())).sum()
 
 
 class LaVIN(nn.Module):
@@ -98,7 +99,7 @@ class LaVIN(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def routing(self) -> torch.Tensor | None:
-        """w [L, 2, 2]: each layer's routing weights for TEXT and for IMAGE; None without a router."""
+        """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE, whatever the sample; None if no router."""
         if self.cfg.adapter.kind != "mm" or self.folded:
             return None
         m = torch.eye(2, device=self.device)  # both one-hot m at once
@@ -126,8 +127,8 @@ class LaVIN(nn.Module):
         for m, head, rest in zip(batch.modality, words[::2], words[1::2]):
             # t_m runs apart, see LLaMA.route. The paper puts X' before the text Y; the released code and this
             # code put it after [BOS] "Image: ", the head of Y.
-            X = [next(images).type_as(head)] if m == IMAGE else []
-            Z.append(torch.cat([head, *X, rest]))  # Eq. (7): Z = [t_m, X', Y] or [t_m, Y]
+            X_prime = [next(images).type_as(head)] if m == IMAGE else []
+            Z.append(torch.cat([head, *X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y] or [t_m, Y]
         return Z
 
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -217,7 +218,7 @@ class LaVIN(nn.Module):
                 logits, cache, w = self.prefill(batch, max_new_tokens)
             else:
                 logits = step(token, cache) if step else self.decode(w, token, cache)
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): one factor after the other
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): one token after the other
             token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]

@@ -16,11 +16,11 @@ DIFFERENCE = r"(largest difference +)(\S+)"
 MISTAKES = {
     1: ("lavin.py", "t_m = m @ E_m", "t_m = m.flip(0) @ E_m"),
     2: ("adapters.py", "return z + self.cfg.scale * router", "return self.cfg.scale * router"),
-    3: ("adapters.py", "w[0] * f_a1 + w[1] * f_a2", "w[1] * f_a1 + w[0] * f_a2"),
+    3: ("adapters.py", "w_0 * f_a1 + w_1 * f_a2", "w_1 * f_a1 + w_0 * f_a2"),
     4: ("adapters.py", 'p.requires_grad_("adapter_" in name)', "p.requires_grad_(True)"),
     5: ("lavin.py", "output.weight, batch.targets)", "output.weight, batch.targets.roll(1))"),
     6: ("lavin.py", "self.W_u(F.silu(self.W_d(x)))", "self.W_u(F.gelu(self.W_d(x)))"),
-    7: ("lavin.py", "torch.cat([head, *X, rest])", "torch.cat([*X, head, rest])"),
+    7: ("lavin.py", "torch.cat([head, *X_prime, rest])", "torch.cat([*X_prime, head, rest])"),
     8: ("lavin.py", "token = pick(logits,", "token = pick(-logits,"),
 }
 

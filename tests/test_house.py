@@ -1,0 +1,60 @@
+"""The plan of the repository: what lies at the root, how long it is, and what it may import."""
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ROOT_FILES = sorted(ROOT.glob("*.py"))
+MODELS = "adapters.py", "llama.py", "clip.py", "lavin.py", "data.py"
+CARD = "adapters.py", "llama.py", "clip.py", "lavin.py", "train.py", "sample.py"  # what one reads beside the paper
+SOURCES = [f for f in [*ROOT_FILES, *(f for name in ("official", "evaluation", "speed", "tiny", "tests")
+                                      for f in sorted((ROOT / name).glob("*.py")))]]
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def imports(file: Path) -> set[str]:
+    """The modules that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_the_root_is_short():
+    assert len(ROOT_FILES) <= 12, [f.name for f in ROOT_FILES]
+    assert sum(len(lines(f)) for f in ROOT_FILES) <= 2500
+    assert sum(len(lines(ROOT / name)) for name in CARD) <= 1230
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_line_is_long(file):
+    assert [n for n, line in enumerate(lines(file), start=1) if len(line) > 110] == []
+
+
+def test_no_machinery_at_the_root():
+    for file in ROOT_FILES:
+        text = file.read_text(encoding="utf-8")
+        for word in ("is_compiling", "/proc/", "_inductor", "autograd.Function"):
+            assert word not in text, f"{file.name}: {word}"
+
+
+def test_models_import_nothing_that_measures():
+    for name in MODELS:
+        assert not {m for m in imports(ROOT / name) if m.split(".")[0] in ("speed", "evaluation", "cli", "tiny")}, name
+
+
+def test_imports_are_a_tree():
+    """No file of the project imports, directly or through others, a file that imports it."""
+    files = {str(f.relative_to(ROOT).with_suffix("")).replace("/", "."): f for f in SOURCES if f.parent.name != "tests"}
+    arrows = {name: imports(file) & files.keys() - {name} for name, file in files.items()}
+    while arrows:
+        leaves = {name for name, targets in arrows.items() if not targets & arrows.keys()}
+        assert leaves, f"these import each other: {sorted(arrows)}"
+        arrows = {name: targets for name, targets in arrows.items() if name not in leaves}
