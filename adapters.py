@@ -11,21 +11,23 @@ One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention 
     t_m ── f_w ── / tau ── softmax ── w_0, w_1                                        Eq. (3)
 
 Why a modality token. One LLM has to serve text alone and text with an image, and the two need different
-adaptation. A token t_m states which of the two the input is. In every layer a router reads t_m and mixes two
-adapters; it can learn to prefer one of them for images and the other for text.
+adaptation. A token t_m states which of the two the input is. It acts only through the routers: in every
+layer, a router reads the hidden state of t_m and mixes two adapters, w_0 of the first and w_1 of the second.
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
-attention mask lets t_m see only itself, and hides t_m from all other tokens. So in every layer the state of
-t_m depends on the modality alone, and w too: two constant pairs per layer. This has three consequences.
-First, t_m runs outside the sequence (`LLaMA.route`). All positions then move by one, which changes nothing,
-because rotary attention depends only on differences of positions. Second, an adapter of LLaMA is one affine
-map per modality, because it has no activation. Third, `fold` can therefore merge a trained adapter into the
-projection that follows it. The ViT has no t_m: its router reads the image's own [cls] token, so there w
-differs from image to image.
+attention mask lets t_m see only itself, and hides t_m from all other tokens. So the state of t_m, and with it
+w, depends on nothing of the input but its modality. A trained model has two pairs (w_0, w_1) in each layer:
+one for text, one for images. This has three consequences. First, t_m runs outside the sequence
+(`LLaMA.route`). All positions then move by one, which changes nothing, because rotary attention depends only
+on differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has no
+activation. Third, a trained adapter can be merged into the projection that follows it (`fold`). The ViT has
+no t_m: its router reads the image's own [cls] token, so there w differs from image to image.
 
-Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z.
+Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Both phi_u start
+alike; the different weights w_0 and w_1 of the randomly initialised f_w make them differ.
 
-Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8).
+Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are the
+adapter's projections; the phi of Eq. (4) stands for the frozen LLM.
 """
 from dataclasses import dataclass
 
@@ -45,10 +47,10 @@ class AdapterConfig:
 
 
 def recompute(f, *args):
-    """Run f without keeping its intermediates; rerun it in the backward pass. For cheap operations."""
+    """Run f without keeping its intermediates; rerun it in the backward pass. Used for cheap operations."""
     if not torch.is_grad_enabled():
         return f(*args)
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)  # f draws no random numbers
 
 
 def xavier(linear: nn.Linear) -> nn.Linear:
@@ -61,7 +63,7 @@ def xavier(linear: nn.Linear) -> nn.Linear:
 class GroupedLinear(nn.Module):
     """phi_u: r -> d in two groups. The first half of the outputs reads the first half of the hidden units.
 
-    Two groups halve the parameters of a dense phi_u; see RepAdapter: https://arxiv.org/abs/2302.08106.
+    With two groups phi_u has half the parameters of a dense matrix: https://arxiv.org/abs/2302.08106.
     """
 
     def __init__(self, r: int, d: int):
@@ -74,18 +76,18 @@ class GroupedLinear(nn.Module):
         return torch.block_diag(*self.weight.chunk(2))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return F.linear(h, self.dense(), self.bias)
+        return F.linear(h, self.dense(), self.bias)  # one product: the zeros cost nothing at r = 8
 
 
 def dropout(h: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r], keep: the units that survive (bool, made with the batch); None: no dropout"""
+    """h [B, T, r]; keep: mask of the units that survive, drawn in data.py with the batch; None: no dropout"""
     return h if keep is None else h * keep / (1 - p)
 
 
 class RepAdapter(nn.Module):
-    """One adapter on its own, as in the text-only rows of Table 2: z + s f_a(z), f_a(z) = phi_u(phi_d(z)).
+    """One adapter on its own, as in the first rows of Table 2: z + s f_a(z), with f_a(z) = phi_u(phi_d(z)).
 
-    Released code: this option lost the residual and the scale. Here: both restored.
+    Released code: this option forgets "z +" and s. Here: both are present.
     """
 
     def __init__(self, d: int, cfg: AdapterConfig):
@@ -101,7 +103,7 @@ class RepAdapter(nn.Module):
 
 
 class MMAdapter(nn.Module):
-    """Mixture-of-Modality Adapter: two RepAdapters that share phi_d, and a router f_w that weighs them."""
+    """Mixture-of-Modality Adapter: two RepAdapters that share phi_d, and f_w, which weighs them."""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
@@ -116,7 +118,10 @@ class MMAdapter(nn.Module):
         return torch.softmax(self.f_w(t).float() / self.cfg.tau, dim=-1)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """z [B, T, d], w [B or 1, T or 1, 2], keep [B, T, r] -> z' [B, T, d]"""
+        """z [B, T, d], w [B or 1, T or 1, 2], keep [B, T, r] -> z' [B, T, d]
+
+        w has one pair per token if samples of both modalities are packed into one row, otherwise one per row.
+        """
         h = dropout(self.phi_d(z), keep, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
@@ -136,9 +141,10 @@ def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
 
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W', b') with W' z + b' = W adapter(z, w): the adapter merged into the projection W [out, d] after it.
+    """The adapter merged into the projection W [out, d] that follows it: W' z + b' = W adapter(z, w), w [2].
 
-    Structural re-parameterisation: W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). w [2].
+    With phi_d(z) = A z + a and the mixed phi_u(h) = U h + b, structural re-parameterisation is W (z + s (U (A
+    z + a) + b)) = (W + s W U A) z + s W (U a + b). It is exact up to the rounding of W's dtype.
     """
     A, a = adapter.phi_d.weight, adapter.phi_d.bias  # [r, d], [r]
     if isinstance(adapter, MMAdapter):
@@ -157,7 +163,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
     """Freeze everything but the adapters; return the parameters that train, by name."""
-    # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a): phi stays fixed, only theta_a trains
+    # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a): the LLM's phi is fixed, theta_a trains
     for name, p in model.named_parameters():
         p.requires_grad_("adapter_" in name)
     return trainable(model)

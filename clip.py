@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 import weights
 from adapters import recompute
@@ -39,7 +39,7 @@ PRESETS = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """CUDA's autocast returns fp32 here. Cast back, or all activations that follow are fp32 as well."""
+    """Under autocast, CUDA's LayerNorm returns fp32. Cast back, or all later activations are fp32 as well."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)
@@ -86,19 +86,20 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(cfg.width)
         self.mlp = MLP(cfg)
         self.adapter_attn = None  # an MMAdapter, once LaVIN adds it
-        self.routing = "cls"  # or "token"
+        self.routed_by = "cls"  # or "token"
 
     def adapted(self, x, keep):
-        """The attention's input: normalised, then Eq. (2). There is no t_m here: the router reads [cls].
+        """The input of the attention: normalise, then Eq. (2). There is no t_m here: the router reads [cls].
 
-        Released code: a slip in the tensor layout routes every image of a batch by the first one, token by
-        token. Here: each image by its own [cls] token, which the authors say they meant. "token" equals the
-        released code run one image at a time, for adapters that were trained with it.
+        Released code: a slip in the layout of a tensor makes it read, for every image, the tokens of the
+        first image of the batch, so each token has its own w. Here: one w per image, from its own [cls].
+        routed_by "token" gives each token its own w, as the released code does for a batch of one image;
+        adapters that the authors released need it.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:
             return z
-        t = z[:, :1] if self.routing == "cls" else z  # [N, 1 or T, C]
+        t = z[:, :1] if self.routed_by == "cls" else z  # [N, 1 or T, C]
         return self.adapter_attn(z, self.adapter_attn.route(t), keep)
 
     def forward(self, x, keep=None):
@@ -117,7 +118,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(1 + patches, cfg.width) * cfg.width ** -0.5)
         self.ln_pre = LayerNorm(cfg.width)
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(cfg) for _ in range(cfg.layers))})
-        self.ln_post = LayerNorm(cfg.width)  # CLIP's own head reads it; LaVIN does not
+        self.ln_post = LayerNorm(cfg.width)  # not used by LaVIN; here so that CLIP's weights load whole
 
     @property
     def n_cls(self) -> int:
@@ -152,37 +153,11 @@ class VisionTransformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # images
 
-# Released code: ImageNet's mean and std, although CLIP was trained with its own. Here: both, see --normalize.
+# Released code: ImageNet's mean and std, although CLIP was trained with its own. Here: see --normalize.
 MEAN_STD = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"  # for others, Pillow may start a program
-MAX_PIXELS = 50_000_000  # 150 MB once decoded
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """An RGB image, upright, transparency on white; FileNotFoundError or ValueError in one line."""
-    if not Path(path).is_file():  # also false for a FIFO, which would block
-        raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are read")
-            return to_rgb(ImageOps.exif_transpose(image))  # cameras store the orientation beside the pixels
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: not a readable image ({e})") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit or float grey: Pillow would clip it at 255
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        white = 65535 if image.mode != "F" else 1 if grey.max() <= 1 else 255 if grey.max() <= 255 else 65535
-        image = Image.fromarray((grey / white * 255).clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, size: int, normalize: str) -> torch.Tensor:

@@ -1,49 +1,56 @@
-"""Samples (prompts.py) -> token ids -> batches -> the order of training, and dropout's masks.
+"""Samples (prompts.py) -> token ids -> batches -> the order of training; dropout's masks.
 
-    with an image    [BOS] "Image: " X' prompt response [EOS]
-    without          [BOS] "Image: N/A" prompt response [EOS]
+A ScienceQA problem with an image, in the format QCM-ALE (question, context, options - answer, lecture,
+explanation):
 
-LaVIN inserts the visual tokens X'. The modality token is not in the sequence, see adapters.py. The targets
-are the response and EOS.
+    head      [BOS] "Image: "
+    X'        the six visual tokens, which LaVIN inserts
+    prompt    "Question: Which of these .. ?\nContext: N/A\nOptions: (A) copper (B) glass\nResponse:"
+    response  " The answer is A. BECAUSE: .." [EOS]
+
+Without an image the head is [BOS] "Image: N/A". The targets are the response and EOS. The modality token is
+not in the sequence (see adapters.py).
 
 Everything random here depends only on (seed, epoch) or (seed, step, sample). So neither splitting a batch
 over processes or micro-batches nor resuming a run changes the result.
 """
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
 
-from clip import open_image, preprocess
+from clip import preprocess
+from official.images import open_visual
 from prompts import Sample
 
 
 @dataclass
 class Example:
-    """A sample as token ids: head, then n_image visual tokens, then rest = prompt, response, EOS."""
+    """A sample as token ids: head, n_visual visual tokens, rest (prompt, response, EOS)."""
     sample: Sample
     head: list[int]
-    n_image: int
+    n_visual: int
     rest: list[int] | np.ndarray
     n_prompt: int  # how many ids of `rest` are prompt
 
     @property
     def length(self) -> int:
-        return len(self.head) + self.n_image + len(self.rest)
+        return len(self.head) + self.n_visual + len(self.rest)
 
     @property
     def start(self) -> int:
         """Position of the first target, t_m not counted."""
-        return len(self.head) + self.n_image + self.n_prompt
+        return len(self.head) + self.n_visual + self.n_prompt
 
 
 def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
-    if sample.response:  # tokenised together: the tokens at the border may differ
+    if sample.response:  # tokenised together, as in the released code; targets begin after len(prompt) tokens
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -62,14 +69,14 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
             continue
         count["kept"] += 1
         count["cut"] += e.length > max_len
-        # int32 arrays: a list of ints takes 9 times the memory, and LLaVA has 350,000 samples
-        e.rest = np.array(e.rest[:max_len - len(e.head) - e.n_image], dtype=np.int32)
+        # int32 arrays: lists of ints take 9 times the memory, and LLaVA's conversations have 350,000 turns
+        e.rest = np.array(e.rest[:max_len - len(e.head) - e.n_visual], dtype=np.int32)
         examples.append(e)
     return examples, count
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """A hash of all token ids and image names."""
+    """A hash of all token ids and image names: --resume compares it."""
     digest = hashlib.sha256()
     for e in examples:
         image = e.sample.image.name if e.sample.image else ""
@@ -87,8 +94,8 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` it is
-    image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X', in place of `images`
-    keep_llama: torch.Tensor | None = None  # [L, 1, T, r], dropout's survivors; None: no dropout
+    image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X', if a chat has kept it
+    keep_llama: torch.Tensor | None = None  # [L, 1, T, r], dropout's masks; None: no dropout
     keep_vit: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
     def to(self, device) -> "Batch":
@@ -107,18 +114,18 @@ def collate(examples: list[Example], image_size: int, normalize: str,
         begin += e.length
     predict_at, targets = np.concatenate(predict_at), np.concatenate(targets)
     tokens, predict_at, targets = (torch.tensor(x, dtype=torch.long) for x in (tokens, predict_at, targets))
-    lengths, modality = [e.length for e in examples], [int(e.n_image > 0) for e in examples]
+    lengths, modality = [e.length for e in examples], [int(e.n_visual > 0) for e in examples]
     batch = Batch(tokens, pieces, lengths, modality, predict_at, targets, image_embeds=image_embeds)
-    files = [e.sample.image for e in examples if e.n_image]
+    files = [e.sample.image for e in examples if e.n_visual]
     if not files or image_embeds is not None:
         return batch
     distinct = list(dict.fromkeys(files))
-    images = torch.stack([preprocess(open_image(file), image_size, normalize) for file in distinct])
+    images = torch.stack([preprocess(open_visual(file), image_size, normalize) for file in distinct])
     return batch._replace(images=images, image_index=torch.tensor([distinct.index(file) for file in files]))
 
 
-class Dropout(NamedTuple):
-    """Sizes of dropout's masks. They are made with the batch, so the model itself uses no random numbers."""
+class DropoutMasks(NamedTuple):
+    """Draws dropout's masks. They belong to the batch, so recomputation in the backward pass reuses them."""
     p: float
     r: int  # adapter width
     layers: int  # of LLaMA
@@ -126,19 +133,19 @@ class Dropout(NamedTuple):
     vit_tokens: int
 
     @classmethod
-    def of(cls, model) -> "Dropout | None":
-        """The masks that a LaVIN needs in training."""
+    def of(cls, model) -> "DropoutMasks | None":
+        """Of the sizes that a LaVIN needs; None if it trains without dropout."""
         cfg, vit = model.cfg.adapter, model.vit if model.cfg.vit_adapters else None
         blocks, tokens = (vit.cfg.layers, len(vit.positional_embedding)) if vit else (0, 0)
         return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
 
-    def masks(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
+    def draw(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
         """keep_llama and keep_vit of a Batch. One seed per sample: batch-mates do not change its masks."""
         llama, vit = [], []
         for e, seed in zip(examples, seeds):
             random = np.random.default_rng(seed)
             llama.append(random.random((self.layers, e.length, self.r), np.float32) >= self.p)
-            if e.n_image:
+            if e.n_visual:
                 vit.append(random.random((self.vit_blocks, self.vit_tokens, self.r), np.float32) >= self.p)
         masks = {"keep_llama": torch.from_numpy(np.concatenate(llama, axis=1)[:, None])}
         if vit and self.vit_blocks:
@@ -149,30 +156,33 @@ class Dropout(NamedTuple):
 def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[list[list[int]]]:
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro` samples.
 
-    Samples are sorted by length and dealt like cards, forth and back, so all ranks carry nearly the same
-    number of tokens. Each rank deals its share to its micro-batches in the same way, since the largest sets
-    the peak memory.
+    The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank, because the largest one
+    decides the peak memory.
     """
-    def dealt(cards: list[int], players: int) -> list[list[int]]:
-        hands = [[] for _ in range(players)]
-        for k, i in enumerate(sorted(cards, key=lambda i: (-lengths[i], i))):
-            lap, seat = divmod(k, players)
-            hands[seat if lap % 2 == 0 else players - 1 - seat].append(i)
-        return hands
+    def back_and_forth(samples: list[int], groups: int) -> list[list[int]]:
+        """Longest first, to groups 0, 1, .., n - 1, n - 1, .., 1, 0, 0, 1, .."""
+        dealt = [[] for _ in range(groups)]
+        for k, i in enumerate(sorted(samples, key=lambda i: (-lengths[i], i))):
+            lap, g = divmod(k, groups)
+            dealt[g if lap % 2 == 0 else groups - 1 - g].append(i)
+        return dealt
 
-    return [dealt(hand, -(-len(hand) // micro)) for hand in dealt(chosen, ranks)]
+    return [back_and_forth(share, math.ceil(len(share) / micro)) for share in back_and_forth(chosen, ranks)]
 
 
 class Steps(torch.utils.data.Dataset):
-    """Item k: this rank's micro-batches of optimizer step k, and the number of targets over all ranks."""
+    """Item k: this rank's micro-batches of optimizer step k, and the number of targets over all ranks.
+
+    Each epoch shuffles all samples, with and without an image: the paper's mixture-of-modality training.
+    """
 
     def __init__(self, examples: list[Example], batch_size: int, micro: int, rank: int, ranks: int, seed: int,
-                 image_size: int, normalize: str, dropout: Dropout | None = None):
+                 image_size: int, normalize: str, dropout: DropoutMasks | None = None):
         self.examples, self.batch_size, self.micro = examples, batch_size, micro
         self.rank, self.ranks, self.seed = rank, ranks, seed
         self.image_size, self.normalize, self.dropout = image_size, normalize, dropout
         self.lengths = [e.length for e in examples]
-        self.per_epoch = -(-len(examples) // batch_size)
+        self.per_epoch = math.ceil(len(examples) / batch_size)
         self.epoch, self.order = None, None
 
     def chosen(self, step: int) -> list[int]:
@@ -191,13 +201,13 @@ class Steps(torch.utils.data.Dataset):
             examples = [self.examples[i] for i in micro]
             batch = collate(examples, self.image_size, self.normalize)
             if self.dropout:
-                batch = batch._replace(**self.dropout.masks(examples, [[self.seed, step, i] for i in micro]))
+                batch = batch._replace(**self.dropout.draw(examples, [[self.seed, step, i] for i in micro]))
             batches.append(batch)
         return batches, n_targets
 
 
-def load(steps: Steps, which: range, workers: int, pin_memory: bool) -> Iterator[tuple[list[Batch], int]]:
-    """Items of `steps`, prepared by worker processes. A worker's error is reduced to its own line."""
+def prefetch(steps: Steps, which: range, workers: int, pin_memory: bool) -> Iterator[tuple[list[Batch], int]]:
+    """Items of `steps`, prepared by worker processes. Of a worker's traceback only the message is kept."""
     try:
         yield from torch.utils.data.DataLoader(steps, batch_size=None, sampler=which, num_workers=workers,
                                                pin_memory=pin_memory)

@@ -4,13 +4,15 @@
     https://arxiv.org/abs/2305.15023
 
 This file holds what joins the models: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq.
-5), generation (Eq. 8). The name of every module that trains begins with `adapter_`.
+5), generation (Eq. 8). Batches come from data.py. The name of every module that trains begins with
+`adapter_`.
 
-Precision: with a bf16 base, matrix products run in bf16 (`autocast`). The adapters are stored in fp32. Norms,
-the router's softmax and the loss are computed in fp32.
+Precision: the frozen models (the base) are bf16 on a GPU. Matrix products then run in bf16 (`autocast`).
+Adapters are stored in fp32, because their updates are small. Norms, the routers' softmax and the loss are
+computed in fp32.
 
 Shapes: B samples, T tokens, C LLaMA's width, n [cls] tokens per image, v ViT width, h neck width, L LLaMA
-layers, V vocabulary.
+layers, V vocabulary, R targets.
 """
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -56,36 +58,43 @@ class Neck(nn.Module):
         return self.W_u(F.silu(self.W_d(x)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
-def negative_log_likelihood(h: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """- sum of log p(target) in fp32, with p = softmax(h W^T); h [n, C], W [V, C] frozen, targets [n].
+def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """hidden [R, C], W [V, C], targets [R] -> fp32 scalar"""
+    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [R, V]
+    # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s = 1 .. S+1, because EOS counts
+    return -log_p.gather(1, targets[:, None]).sum()
 
-    All n x V logits at once would dominate the memory. So LOSS_ROWS rows at a time, compute the loss together
-    with its gradient with respect to h, and keep only the gradient.
+
+def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """loss(hidden, W, targets), a sum over rows with frozen W, without ever holding all R x V logits.
+
+    Compute the loss of LOSS_ROWS rows together with its gradient, and keep only the gradient [R, C].
     """
-    loss, gradients = torch.zeros((), device=h.device), []
-    for h_i, targets_i in zip(h.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
+    total, gradients = torch.zeros((), device=hidden.device), []
+    for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
         with torch.enable_grad():
-            log_p = F.log_softmax(F.linear(h_i.requires_grad_(), W).float(), dim=-1)  # [rows, V]
-            loss_i = -log_p.gather(1, targets_i[:, None]).sum()
-        gradients += torch.autograd.grad(loss_i, h_i)
-        loss += loss_i.detach()
-    # the second term is 0; its gradient with respect to h is the one computed above
-    return loss + (torch.cat(gradients) * (h - h.detach())).sum()
+            part = loss(rows.requires_grad_(), W, its_targets)
+        gradients += torch.autograd.grad(part, rows)
+        total += part.detach()
+    # the second term is 0; its gradient with respect to `hidden` is the one computed above
+    return total + (torch.cat(gradients) * (hidden - hidden.detach())).sum()
 
 
 class LaVIN(nn.Module):
     def __init__(self, llama: LLaMA, vit: VisionTransformer | None, cfg: LaVINConfig):
         super().__init__()
-        self.cfg, self.llama, self.vit = cfg, llama, vit if cfg.vision else None
+        self.cfg, self.llama = cfg, llama
+        self.vit = vit if cfg.vision else None
         for layer in llama.layers:
             layer.adapter_attn = adapters.new_adapter(llama.cfg.dim, cfg.adapter)
         if cfg.adapter.kind == "mm":
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-            for block in vit.transformer.resblocks if cfg.vit_adapters else ():
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters for every kind: only so Table 2's parameters add up
+            for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
-                block.routing = cfg.vit_routing
+                block.routed_by = cfg.vit_routing
         self.folded = {}  # {modality: [(W, b) of every layer]}, see `fold`
         adapters.freeze_base(self)
 
@@ -98,8 +107,8 @@ class LaVIN(nn.Module):
         bf16 = self.llama.norm.weight.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    def routing(self) -> torch.Tensor | None:
-        """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE, whatever the sample; None if no router."""
+    def routing_weights(self) -> torch.Tensor | None:
+        """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE, whatever the sample; None: no router."""
         if self.cfg.adapter.kind != "mm" or self.folded:
             return None
         m = torch.eye(2, device=self.device)  # both one-hot m at once
@@ -120,36 +129,34 @@ class LaVIN(nn.Module):
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]."""
         words = self.llama.tok_embeddings(batch.tokens).split(batch.pieces)  # Y: head, rest, head, rest, ..
-        images = batch.image_embeds
-        if images is None:
-            images = self.encode_images(batch) if IMAGE in batch.modality else ()
-        Z, images = [], iter(images)
-        for m, head, rest in zip(batch.modality, words[::2], words[1::2]):
-            # t_m runs apart, see LLaMA.route. The paper puts X' before the text Y; the released code and this
-            # code put it after [BOS] "Image: ", the head of Y.
-            X_prime = [next(images).type_as(head)] if m == IMAGE else []
+        X_primes = batch.image_embeds
+        if X_primes is None:
+            X_primes = self.encode_images(batch) if IMAGE in batch.modality else ()
+        Z, X_primes = [], iter(X_primes)
+        for modality, head, rest in zip(batch.modality, words[::2], words[1::2]):
+            # Y is head and rest; in training, rest ends with the response. t_m runs apart, see LLaMA.route.
+            # The paper puts X' before Y. The released code and this code put it after [BOS] "Image: ", the head.
+            X_prime = [next(X_primes).type_as(head)] if modality == IMAGE else []
             Z.append(torch.cat([head, *X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y] or [t_m, Y]
         return Z
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
-        w = self.routing()
-        if w is not None:  # one pair of weights per token
-            w = torch.cat([w[:, None, m, None].expand(-1, -1, n, -1)
-                           for m, n in zip(batch.modality, batch.lengths)], dim=2)  # [L, 1, T, 2]
+        w = self.routing_weights()
+        if w is not None:  # [L, 2, 2] -> one pair per sample [L, B, 2] -> one per token [L, 1, T, 2]
+            n, T = torch.tensor(batch.lengths, device=self.device), sum(batch.lengths)
+            w = w[:, batch.modality].repeat_interleave(n, dim=1, output_size=T)[:, None]
         Z = torch.cat(self.embed(batch))[None]  # [1, T, C]: all samples, packed end to end
         return self.llama(Z, w, batch.lengths, batch.keep_llama)[0, batch.predict_at]
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Eq. (5) for one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
+        """The loss of one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
 
         train.py divides the sum by the number of targets in the global batch, so every split of that batch
         gives the same update. Released code: averages the means of the micro-batches, so its update depends
         on the split.
         """
-        h = self.hidden(batch)
-        # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s = 1 .. S+1 includes EOS
-        return negative_log_likelihood(h, self.llama.output.weight, batch.targets)
+        return in_chunks(negative_log_likelihood, self.hidden(batch), self.llama.output.weight, batch.targets)
 
     @torch.no_grad()
     def fold(self, *modalities: int) -> "LaVIN":
@@ -159,21 +166,21 @@ class LaVIN(nn.Module):
         routing weights depend on the image. A folded model can no longer be trained or saved.
         """
         with self.autocast():
-            w = self.routing()
+            w = self.routing_weights()
         self.folded = {m: [] for m in modalities}
         for i, layer in enumerate(self.llama.layers):
             qkv = torch.cat([x.weight for x in (layer.attention.wq, layer.attention.wk, layer.attention.wv)])
             for m in modalities:  # W [3 C, C], b [3 C]
                 self.folded[m].append(adapters.fold(qkv, layer.adapter_attn, None if w is None else w[i, m]))
             layer.adapter_attn = None
-            self.enter(modalities[0], i)  # layer by layer, so the old matrices are freed early
+            self.use_folded(modalities[0], i)  # layer by layer, so the old matrices are freed early
         return self
 
-    def enter(self, modality: int, *layers: int) -> None:
-        """Use the projections that were folded for this modality."""
+    def use_folded(self, modality: int, *layers: int) -> None:
+        """Put the projections that were folded for this modality into these layers; default: all."""
         if modality not in self.folded:
-            raise ValueError(f"folded for modalities {list(self.folded)}, asked in {modality}; fold for both")
-        self.entered = modality
+            raise ValueError("the model was folded for the other modality; call fold(TEXT, IMAGE)")
+        self.folded_for = modality
         for i in layers or range(len(self.llama.layers)):
             a, (W, b) = self.llama.layers[i].attention, self.folded[modality][i]
             for linear, W_i, b_i in zip((a.wq, a.wk, a.wv), W.chunk(3), b.chunk(3)):
@@ -182,7 +189,7 @@ class LaVIN(nn.Module):
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
         """Read the prompts -> logits [B, V] of the next token, a cache with room for more, routing weights"""
         with self.autocast():
-            w = self.routing()
+            w = self.routing_weights()
             w = None if w is None else w[:, batch.modality, None]  # [L, B, 1, 2]
             Z = pad_sequence(self.embed(batch), batch_first=True)  # [B, T, C]
             cache = KVCache(self.llama.cfg, len(Z), Z.shape[1] + room, Z.device, Z.dtype)
@@ -201,35 +208,34 @@ class LaVIN(nn.Module):
                top_p: float = 0.75, seed: int = 0, step: Callable | None = None) -> Iterator[list]:
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
-        Rows may differ in length and modality. A row's answer does not depend on its batch-mates, since all
-        rows use the same random number. ValueError if a prompt does not fit the context. step(token, cache)
-        replaces `decode` for speed.
+        Rows may differ in length and modality, and do not influence each other: a step draws one random
+        number, the same for all rows. ValueError if a prompt does not fit the context. For a folded model,
+        step(token, cache) may replace `decode`, which is slower.
         """
-        n, context = max(batch.lengths), self.llama.cfg.max_seq_len
-        if n >= context:  # released code: cuts the prompt silently
-            raise ValueError(f"the prompt has {n} tokens; the context holds {context}, answer included")
+        longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
+        if longest >= context:  # released code: cuts the prompt silently
+            raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
         if self.folded:
             assert len(set(batch.modality)) == 1, "a folded model answers one modality at a time"
-            self.enter(batch.modality[0])
-        max_new_tokens, random = min(max_new_tokens, context - n), torch.Generator().manual_seed(seed)
-        done, token = [False] * len(batch.lengths), None
+            self.use_folded(batch.modality[0])
+        max_new_tokens, random = min(max_new_tokens, context - longest), torch.Generator().manual_seed(seed)
+        done = [False] * len(batch.lengths)
+        logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            if token is None:
-                logits, cache, w = self.prefill(batch, max_new_tokens)
-            else:
-                logits = step(token, cache) if step else self.decode(w, token, cache)
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): one token after the other
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): draw one R_s per step
             token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
             if all(done):
                 return
             yield [None if d else id for d, id in zip(done, ids)]
+            logits = step(token, cache) if step else self.decode(w, token, cache)
 
     def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""
-        steps = zip(*self.stream(batch, max_new_tokens, eos, **sampling))
-        return [[id for id in row if id is not None] for row in steps] or [[] for _ in batch.lengths]
+        rows = zip(*self.stream(batch, max_new_tokens, eos, **sampling))
+        answers = [[id for id in row if id is not None] for row in rows]
+        return answers or [[] for _ in batch.lengths]  # no step: all rows ended at once
 
     def save(self, path: str | Path, **meta) -> None:
         """Write the adapters, with everything needed to rebuild this model around the same base."""
@@ -251,7 +257,7 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.G
 
 def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device="cpu", dtype=torch.float32,
          any_base: bool = False) -> tuple[LaVIN, dict]:
-    """(model, metadata) of an adapter file, ours or a released .pth, around its base.
+    """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
     ValueError if the base has other sizes, or other weights unless `any_base`.
     """

@@ -6,17 +6,16 @@ Official weights come from Meta on request, or from the Hugging Face hub; weight
 Parameters have Meta's names. The tokenizer is in official/tokenizer.py.
 
 There are three ways through the blocks. `forward` trains on whole sequences, packed end to end without
-padding. `prefill` reads prompts into a cache. `decode` reads one more token per row. Only the keys that a
-query sees differ.
+padding. `prefill` reads prompts into a cache. `decode` reads one more token per row. The three differ only in
+which keys a query may see: each hands its own function `attend(layer, q, k, v)` to the blocks.
 
-What one block keeps of a token for the backward pass: x, q, k, v, the attention's output and its log-sums, x
-after the attention, and the two halves of SwiGLU. Frozen projections keep nothing, because their weights need
-no gradient. Norms, adapters and the SwiGLU product are recomputed.
+What one block keeps of a token for the backward pass: x, q, k, v, the attention's output, the log-sum-exp of
+the query's scores per head, x after the attention, w1(x) and w3(x). Frozen projections keep nothing, because
+their weights need no gradient. Norms, adapters and the SwiGLU product are recomputed.
 
 Shapes: B rows, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -44,7 +43,7 @@ PRESETS = {
     "7B": LLaMAConfig(),
     "13B": LLaMAConfig(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
     "tiny": LLaMAConfig(dim=128, n_layers=4, n_heads=8, ffn_dim=352, vocab_size=1096, norm_eps=1e-5,
-                        rope_theta=100.0, max_seq_len=256),
+                        rope_theta=100.0, max_seq_len=256),  # a short context needs no long waves
 }
 
 
@@ -71,7 +70,7 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torch.Tensor:
+def dot_product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v; q [B, T, H, D], k and v [B, S, H, D] -> [B, T, H, D]"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, .., D]
     return F.scaled_dot_product_attention(q, k, v, **mask).transpose(1, 2)
@@ -80,8 +79,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torc
 class KVCache:
     """Keys and values of B rows, [L, B, H, S, D]. Slot s of a row holds its token at position s.
 
-    Rows may differ in length. The padding of a shorter prompt fills slots that the row's next tokens
-    overwrite, and no query looks beyond its own position.
+    Rows may differ in length. The padding behind a shorter prompt lands in the cache too, but no query looks
+    beyond its own position, and the row's next tokens overwrite it.
     """
 
     def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
@@ -99,20 +98,21 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, H, D] at positions [B or 1, T]; return all keys and values, [B, filled, H, D]."""
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):  # cache [B, H, S, D]
-            cache[self.rows, :, positions] = new
+            cache[self.rows, :, positions] = new  # the indexed part has the shape of `new`, [B, T, H, D]
         return tuple(cache[layer, :, :, :self.filled].transpose(1, 2) for cache in (self.k, self.v))
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: LLaMAConfig):
+    def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
-        self.n_heads = cfg.n_heads
+        self.n_heads, self.layer = cfg.n_heads, layer
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
 
-    def forward(self, z, attend):
+    def forward(self, z, rope, attend):
         B, T, C = z.shape
-        q, k, v = (w(z).view(B, T, self.n_heads, -1) for w in (self.wq, self.wk, self.wv))  # [B, T, H, D]
-        return self.wo(attend(q, k, v).reshape(B, T, C))
+        q, k, v = (linear(z).view(B, T, self.n_heads, -1) for linear in (self.wq, self.wk, self.wv))
+        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # [B, T, H, D]
+        return self.wo(y.reshape(B, T, C))
 
     def alone(self, z):
         """A token z [.., C] that sees only itself. Softmax over one score is 1: it reads its own value."""
@@ -130,9 +130,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: LLaMAConfig):
+    def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
-        self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
+        self.attention, self.feed_forward = Attention(cfg, layer), FeedForward(cfg)
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps) for _ in range(2))
         self.adapter_attn = None  # an MMAdapter or RepAdapter, once LaVIN adds it
 
@@ -141,11 +141,9 @@ class Block(nn.Module):
         z = self.attention_norm(x)
         return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)
 
-    def forward(self, x, w, attend, keep=None):
-        """x [B, T, C]; w: routing weights; attend(q, k, v): attention over the keys that a query sees;
-        keep: hidden units of the adapter that survive dropout, [B, T, r]
-        """
-        x = x + self.attention(recompute(self.adapted, x, w, keep), attend)
+    def forward(self, x, rope, attend, w=None, keep=None):
+        """x [B, T, C]; w: routing weights of this layer; keep: dropout's mask; None without an adapter"""
+        x = x + self.attention(recompute(self.adapted, x, w, keep), rope, attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
@@ -154,25 +152,26 @@ class LLaMA(nn.Module):
         super().__init__()
         self.cfg, self.checkpoint = cfg, False  # checkpoint: keep only each block's input for the backward
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, keep=None) -> torch.Tensor:
-        """Training: sequences of these lengths, packed end to end in x [1, T, C]. None: each row is one.
+        """Training: sequences of these lengths, packed end to end in x [1, T, C].
 
-        x     embeddings [B, T, C], or token ids [B, T]
-        w     routing weights of every layer, [L, B or 1, T or 1, 2]; None without a router
-        keep  hidden units that survive dropout, [L, B, T, r]; None: no dropout
+        x        embeddings [B, T, C], or token ids [B, T]
+        w        routing weights of every layer, [L, B or 1, T or 1, 2]; None without a router
+        lengths  None: every row of x is one sequence
+        keep     mask of the adapters' units that survive dropout, [L, B, T, r]; None: no dropout
         Returns the hidden states after the last norm, [B, T, C]; `output` turns them into logits.
         """
         x = x if x.is_floating_point() else self.tok_embeddings(x)
         lengths = lengths or [x.shape[1]]
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
 
-        def attend(layer, q, k, v):  # one call per sequence: none sees another
+        def attend(layer, q, k, v):  # sequence by sequence: none sees another
             sequences = zip(*(t.split(lengths, dim=1) for t in (q, k, v)))
-            return torch.cat([attention(*qkv, is_causal=True) for qkv in sequences], dim=1)
+            return torch.cat([dot_product_attention(*qkv, is_causal=True) for qkv in sequences], dim=1)
 
         return self.blocks(x, w, positions, attend, keep)
 
@@ -183,7 +182,7 @@ class LLaMA(nn.Module):
 
         def attend(layer, q, k, v):
             cache.update(layer, k, v, positions[None])
-            return attention(q, k, v, is_causal=True)
+            return dot_product_attention(q, k, v, is_causal=True)
 
         return self.blocks(x, w, positions, attend)
 
@@ -194,37 +193,36 @@ class LLaMA(nn.Module):
         mask = seen[:, None, None] if len(x) > 1 else None  # a single row sees all its slots
 
         def attend(layer, q, k, v):
-            return attention(q, *cache.update(layer, k, v, positions), attn_mask=mask)
+            return dot_product_attention(q, *cache.update(layer, k, v, positions), attn_mask=mask)
 
         return self.blocks(x, w, positions, attend)
 
     def blocks(self, x, w, positions, attend: Callable, keep=None) -> torch.Tensor:
-        """All blocks and the last norm. attend(layer, q, k, v) receives rotated q and k."""
+        """All blocks and the last norm."""
         rope = rope_table(positions, self.cfg.dim // self.cfg.n_heads, self.cfg.rope_theta)
-
-        def attend_rotated(layer, q, k, v):
-            return attend(layer, rotate(q, rope), rotate(k, rope), v)
-
-        for i, layer in enumerate(self.layers):
-            w_i, keep_i = (None if per_layer is None else per_layer[i] for per_layer in (w, keep))
-            args = x, w_i, partial(attend_rotated, i), keep_i
-            x = recompute(layer, *args) if self.checkpoint else layer(*args)
+        for i, block in enumerate(self.layers):
+            w_i = None if w is None else w[i]
+            keep_i = None if keep is None else keep[i]
+            if self.checkpoint:
+                x = recompute(block, x, rope, attend, w_i, keep_i)
+            else:
+                x = block(x, rope, attend, w_i, keep_i)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """Routing weights [L, M, 2] of M modality tokens t [M, C].
+        """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state.
 
-        A modality token sees only itself, and no other token sees it. So it passes through the layers on its
-        own, once per batch. Each layer's router reads its normalised state. Released code: dropout here too.
-        Here: none.
+        The loop is Block.forward for tokens that see only themselves and that no other token sees. Released
+        code: dropout here too. Here: none, so that w does not vary.
         """
-        routing = []
-        for layer in self.layers:
-            z = layer.attention_norm(t)
-            routing.append(layer.adapter_attn.route(z))  # [M, 2]
-            t = t + layer.attention.alone(layer.adapter_attn(z, routing[-1]))
-            t = t + layer.feed_forward(layer.ffn_norm(t))
-        return torch.stack(routing)
+        routing_weights = []
+        for block in self.layers:
+            z = block.attention_norm(t)
+            w = block.adapter_attn.route(z)  # [M, 2]
+            routing_weights.append(w)
+            t = t + block.attention.alone(block.adapter_attn(z, w))
+            t = t + block.feed_forward(block.ffn_norm(t))
+        return torch.stack(routing_weights)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "LLaMA":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cli
 import lavin
-from clip import open_image
+from official.images import open_image
 from evaluation import routing
 from evaluation.conversation import Conversation
 from official.tokenizer import Tokenizer

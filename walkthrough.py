@@ -136,7 +136,7 @@ other = model.generate(batch._replace(images=exchanged[None]), 40, tokenizer.eos
 print(f"p(R | Z) = {np.prod(p_R):.4f}. With red and blue exchanged in the image:\n{tokenizer.decode(other)}")
 
 # %% The attention of LLaMA's last layer, from the token that predicts "red", and folding
-with patch.object(llama, "attention", wraps=llama.attention) as attention:
+with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attention) as attention:
     model.hidden(right_batch)
 q, k = (x[0] for x in attention.call_args.args[:2])  # of the last layer, rotated: [T, H, D]
 names = [repr(tokenizer.decode([id])) for id in right.head + list(right.rest)]

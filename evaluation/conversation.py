@@ -8,7 +8,7 @@ import torch
 
 import data
 import prompts
-from clip import open_image
+from official.images import open_image
 from lavin import LaVIN
 from official.tokenizer import Tokenizer
 from speed.machine import Meter

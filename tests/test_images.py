@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import clip
-from clip import open_image
+from official import images
+from official.images import open_image
 
 
 def half_and_half(mode: str = "RGB", size=(40, 20)) -> Image.Image:
@@ -82,6 +82,6 @@ def test_what_is_no_image_is_one_line(tmp_path, monkeypatch):
         (tmp_path / "cut.png").write_bytes(content[:k])
         with pytest.raises(ValueError, match="cut.png: not a readable image"):
             open_image(tmp_path / "cut.png")
-    monkeypatch.setattr(clip, "MAX_PIXELS", 700)
+    monkeypatch.setattr(images, "MAX_PIXELS", 700)
     with pytest.raises(ValueError, match="40 x 20 pixels, at most 700"):
         open_image(tmp_path / "x.png")
