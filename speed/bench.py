@@ -6,7 +6,8 @@
     python -m speed.bench decode --preset small --vs hf                  the same in turn with Hugging Face's generate
     python -m speed.bench memory --preset 7B --layers 2 --dtype bf16     what is held, kept for the backward, and the peak
 
-Weights and tokens are random, made on the device. The last line on stdout is one JSON object, all else goes to stderr.
+Weights and tokens are random, made on the device. The last line on stdout is one JSON object, all else goes
+to stderr.
 """
 import json
 import os

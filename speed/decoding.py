@@ -26,7 +26,7 @@ Answer = Callable[[], tuple[list[int], list[float]]]  # returns the tokens, and 
 # LaVIN and the bare LLaMA
 
 def share(model: LaVIN) -> LaVIN:
-    """A second model with the same tensors. Replacing a module or a parameter in it does not change the first."""
+    """A second model with the same tensors. A module or parameter can be replaced in one of the two alone."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
@@ -72,13 +72,13 @@ class TokenTimes:
 def to_halves(w: torch.Tensor, H: int) -> torch.Tensor:
     """Reorder the rows of wq or wk for Hugging Face.
 
-    A head rotates its rows in pairs. The pairs are (2i, 2i + 1) in Meta's layout, (i, i + D/2) in Hugging Face's.
+    A head rotates pairs of rows: (2i, 2i + 1) in Meta's layout, (i, i + D/2) in Hugging Face's.
     """
     return w.unflatten(0, (H, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def hugging_face_tensors(model: LaVIN) -> dict[str, torch.Tensor]:
-    """The folded weights under Hugging Face's names. Only q and k are copies, because their rows are reordered."""
+    """The folded weights under Hugging Face's names. Only q and k are copies, with their rows reordered."""
     llama, H = model.llama, model.llama.cfg.n_heads
     modules = {"model.embed_tokens": llama.tok_embeddings, "model.norm": llama.norm, "lm_head": llama.output}
     tensors = {}
@@ -116,7 +116,7 @@ def hugging_face_model(model: LaVIN) -> nn.Module:
 
 
 def hugging_face_answer(hf: nn.Module, prompt: torch.Tensor, n: int) -> Answer:
-    """A function that answers with n tokens. The prompt [1, T, C] is embedded, because it contains an image."""
+    """A function that answers with n tokens. The prompt contains an image, so it is embedded: [1, T, C]."""
     def answer():
         streamer, mask = TokenTimes(), torch.ones(prompt.shape[:2], device=prompt.device)
         with torch.inference_mode():
@@ -136,7 +136,7 @@ class Timings:
     prefill: dict[str, list[float]]  # {name: seconds until the first token}
     per_token: dict[str, list[float]]  # {name: seconds between two tokens, the median of an answer}
     tokens: dict[str, list[int]] = field(default_factory=dict)  # {name: the last answer}
-    bandwidths: list[tuple[float, float]] = field(default_factory=list)  # before each round, and after the last
+    bandwidths: list[tuple[float, float]] = field(default_factory=list)  # before each round, after the last
 
     def speedup(self, a: str, b: str) -> float:
         """How many times faster b is than a: the median of the rounds' ratios."""

@@ -31,7 +31,8 @@ def bandwidth(device: torch.device, tries: int = 10) -> tuple[float, float]:
     Decoding only reads, like the sum. But a sum also adds, and on some machines it is slower than a copy. The
     memory bandwidth is the better of the two.
     """
-    a = torch.zeros(2 ** (26 if device.type == "cuda" else 25), device=device)  # 256 or 128 MB: no cache holds it
+    n = 2 ** (26 if device.type == "cuda" else 25)  # 256 or 128 MB: no cache holds it
+    a = torch.zeros(n, device=device)
     b = torch.ones_like(a)
     return (2 * a.nbytes / min(seconds(lambda: a.copy_(b), device) for _ in range(tries)),
             b.nbytes / min(seconds(b.sum, device) for _ in range(tries)))
@@ -54,7 +55,7 @@ class Meter:
         self.marks.append(time.perf_counter())
 
     def report(self) -> str:
-        """Tokens per second; from the second token on also bytes per second, and their share of the bandwidth."""
+        """Tokens per second; for two tokens or more, also bytes per second and their share of the bandwidth."""
         n, seconds = len(self.marks), time.perf_counter() - self.started
         text = f"{n} tokens in {seconds:.2f} s, {n / seconds:.3g} tokens/s"
         if n < 2:

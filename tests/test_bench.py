@@ -218,7 +218,7 @@ def test_dry_run_needs_no_weights(monkeypatch, capsys):
     peak = float(next(line for line in out.splitlines() if line.startswith("  peak")).split()[1])
     assert 36 < peak < 38.5
     saving, _ = run(monkeypatch, capsys, train.main, *flags, "--checkpoint")
-    assert "blocks again" in saving and "28." in saving
+    assert "recomputed blocks" in saving and "28." in saving
 
 
 def test_dry_run_prices_a_folder_on_its_own_data(monkeypatch, capsys, tmp_path):
