@@ -55,7 +55,7 @@ class Meter:
         self.marks.append(time.perf_counter())
 
     def report(self) -> str:
-        """Tokens per second; for two tokens or more, also bytes per second and their share of the bandwidth."""
+        """Tokens per second; for two tokens or more, also bytes per second and the share of the bandwidth."""
         n, seconds = len(self.marks), time.perf_counter() - self.started
         text = f"{n} tokens in {seconds:.2f} s, {n / seconds:.3g} tokens/s"
         if n < 2:

@@ -123,7 +123,7 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         lines["recomputed blocks"] = 2 * L * (block - d * c.ffn_dim + d * (phi_d + phi_u)) * load.tokens + \
             (4 if in_full else 2) * L * d * load.squares
     if model.vit is not None:
-        lines["pictures"], of_adapters = (x * load.pictures for x in picture_flops(model, in_full))
+        lines["pictures"], of_adapters = (x * load.pictures for x in picture_flops(model))
         lines["adapters"] += of_adapters
     return lines
 
@@ -136,7 +136,7 @@ def modality_token_flops(d: int, L: int, block: int, phi: int) -> int:
     return 2 * 2 * (routers + adapters + frozen)
 
 
-def picture_flops(model: LaVIN, in_full: bool) -> tuple[int, int]:
+def picture_flops(model: LaVIN) -> tuple[int, int]:
     """One picture: what the frozen ViT takes, and what the neck and the ViT's adapters take."""
     v, h, d, r = model.vit.cfg, model.cfg.neck_dim, model.llama.cfg.dim, model.cfg.adapter.dim
     joint = model.cfg.vit_adapters  # otherwise nothing in the ViT trains, so it needs no backward pass

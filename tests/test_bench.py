@@ -205,7 +205,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
     assert "unknown --vs 'us'; known: hf" in message("--vs", "us")
     assert message("--steps", "0") == 2 and "--steps 0: expected a number of at least 1" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert "the package peft is not here; pip install transformers peft" in message("--preset", "tiny", "--vs", "hf")
+    assert "the package peft is missing; pip install transformers peft" in message("--preset", "tiny", "--vs", "hf")
     monkeypatch.setattr(bench.os, "sysconf", lambda name: 1000)
     assert "give --dtype bf16 or fewer --layers" in message("--preset", "7B", "--device", "cpu")
     assert message("memory", "--help") == 0
