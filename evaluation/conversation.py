@@ -1,4 +1,4 @@
-"""A conversation about one image or none: prompts in the trained format, the history, and answers as they come."""
+"""A conversation about one image or none: prompts in the trained format, earlier turns, streamed answers."""
 import re
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ class Conversation:
         self.show(None)
 
     def show(self, image: str | None) -> None:
-        """Start anew with this image, or with none; ValueError or FileNotFoundError if it cannot be used."""
+        """Start a new conversation about this image or none. ValueError or OSError if it is unusable."""
         if image and self.model.vit is None:
             raise ValueError("these adapters are text-only (trained with --no-vision); leave out --image")
         if image:
@@ -45,11 +45,13 @@ class Conversation:
                         self.model.vit.n_cls if self.image else 0)
         context, kept = self.model.llama.cfg.max_seq_len, len(self.turns)
         if e.length >= context:
-            raise ValueError(f"the prompt has {e.length} tokens; this LLaMA's context holds {context}, answer included")
+            raise ValueError(f"the prompt has {e.length} tokens; "
+                             f"this LLaMA's context holds {context}, answer included")
         while self.turns and e.length + sum(map(len, self.turns)) + max_new_tokens > context:
             self.turns.pop(0)
         if len(self.turns) < kept:
-            print(f"[the context is full: the {kept - len(self.turns)} oldest turns are forgotten]", file=sys.stderr)
+            print(f"[the context is full: the {kept - len(self.turns)} oldest turns are forgotten]",
+                  file=sys.stderr)
         self.asked = e.rest
         e.rest = [id for turn in self.turns for id in turn] + self.asked
         e.n_prompt = len(e.rest)
@@ -67,7 +69,8 @@ class Conversation:
         answer, self.meter = [], Meter(self.model, e.length)
 
         def tokens():
-            for (token,) in self.model.stream(batch, max_new_tokens, self.tokenizer.eos, step=self.step, **sampling):
+            stream = self.model.stream(batch, max_new_tokens, self.tokenizer.eos, step=self.step, **sampling)
+            for (token,) in stream:
                 answer.append(token)
                 self.meter.tick()
                 yield token

@@ -78,7 +78,7 @@ def counted_flops(f: Callable) -> int:
 
 
 def saved_bytes(f: Callable, model: nn.Module) -> int:
-    """Bytes that autograd keeps from f() for its backward pass, without parameters; no storage counts twice."""
+    """Bytes that autograd keeps from f() for its backward pass, without parameters. A storage counts once."""
     packed = []
 
     def pack(x):
