@@ -20,6 +20,7 @@ import torch.distributed as dist
 import cli
 import data
 import lavin
+import prompts
 from evaluation import scores
 from official.tokenizer import Tokenizer
 from prompts import Sample
@@ -154,12 +155,12 @@ def resume(path: Path, run: dict) -> dict:
 
     The last line may be incomplete. It is ignored.
     """
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = prompts.read_text(path, "predictions") if path.is_file() else ""
     if "\n" not in text and '{"run": '.startswith(text[:8]):  # stopped within the first line, or no file
         return {}
     head, *rows = text.split("\n")
     try:
-        before = json.loads(head)["run"]
+        before = dict(json.loads(head)["run"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: exists, but is not a file of predictions; give another --out") from None
     for name, value in run.items():
@@ -171,7 +172,7 @@ def resume(path: Path, run: dict) -> dict:
         try:
             row = json.loads(row)
             done[row["id"]] = row["prediction"]
-        except ValueError:  # the incomplete line, or the empty one after the last line
+        except (ValueError, KeyError, TypeError):  # the incomplete line, or the empty one after the last line
             pass
     return done
 

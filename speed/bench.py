@@ -1,11 +1,11 @@
 """Measure training and decoding: time, memory, FLOPs; compare them with the predictions of price.py.
 
-    python -m speed.bench train --preset small               optimizer steps on ScienceQA's sequence lengths
-    python -m speed.bench train --preset small --vs hf       and in turn those of Hugging Face + PEFT (LoRA)
-    python -m speed.bench decode --preset small              greedy decoding: bare, folded, unfolded in turn
-    python -m speed.bench decode --preset small --vs hf      and in turn Hugging Face's generate
+    python -m speed.bench train                       optimizer steps on ScienceQA's sequence lengths
+    python -m speed.bench train --vs hf               the same, in turn with Hugging Face + PEFT (LoRA)
+    python -m speed.bench decode                      greedy decoding: bare, unfolded, folded in turn
+    python -m speed.bench decode --vs hf              the same, in turn with Hugging Face's generate
     python -m speed.bench memory --preset 7B --layers 2 --dtype bf16
-                                                             parameters, activations and peak of one step
+                                                      memory of one step: parameters, activations, peak
 
 Weights and tokens are random and made on the device. stdout gets one JSON line, stderr everything else.
 """

@@ -27,7 +27,7 @@ PROBLEMS, EPOCHS = 12_726, 20  # the paper's recipe: ScienceQA's train split, 20
 # Lengths of ScienceQA's problems: tokens/prompt tokens, with LLaMA's tokenizer, format QCM-ALE, cut at 512,
 # six visual tokens per image. The first table is for problems without an image, the second for those with
 # one. Each table has 40 equally frequent kinds of problems: twenty steps of the length, each with a short and
-# a long prompt. They sum up 1,773 problems, whose mean length is 303, of which 215 are response.
+# a long prompt. They summarise 1,773 problems, whose mean length is 303, of which 215 are response.
 KINDS = """
 77/46 112/75 172/41 169/57 194/46 195/76 204/47 205/65 216/47 214/62 229/52 232/76 246/57 247/98
 261/52 260/85 271/55 271/105 281/56 280/94 287/56 287/73 296/50 294/72 317/62 322/96 355/59 355/123
