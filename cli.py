@@ -107,7 +107,7 @@ def run(main) -> None:
 
 
 def pick_device(device: str, dtype: str) -> tuple:
-    """--device and --dtype as torch objects. auto: CUDA in bf16 if there is a GPU, else the CPU in fp32."""
+    """--device and --dtype as torch objects. auto: this process's GPU in bf16, or the CPU in fp32."""
     import torch  # not at the top: scoring a file of predictions needs no torch
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype != "auto" and dtype not in dtypes:
@@ -119,6 +119,12 @@ def pick_device(device: str, dtype: str) -> tuple:
         torch.zeros(1, device=chosen).item()  # fails without such a device, and on "meta"
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {device}: not usable here; try cpu") from None
+    if chosen.type == "cuda":
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if chosen.index is None and local >= gpus:
+            raise ValueError(f"more processes than GPUs; use --nproc_per_node {gpus}, or --device cpu")
+        chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
     return chosen, dtypes.get(dtype, torch.bfloat16 if chosen.type == "cuda" else torch.float32)
 
 

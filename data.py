@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from clip import preprocess
-from official.images import open_visual
+from official.images import open_image
 from prompts import Sample
 
 
@@ -120,7 +120,7 @@ def collate(examples: list[Example], image_size: int, normalize: str,
     if not files or image_embeds is not None:
         return batch
     distinct = list(dict.fromkeys(files))
-    images = torch.stack([preprocess(open_visual(file), image_size, normalize) for file in distinct])
+    images = torch.stack([preprocess(open_image(file), image_size, normalize) for file in distinct])
     return batch._replace(images=images, image_index=torch.tensor([distinct.index(file) for file in files]))
 
 

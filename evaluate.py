@@ -65,16 +65,17 @@ def generate(cfg: GenerationFlags, samples: list[Sample], out: str, metadata: di
              until: re.Pattern | None = None, **run) -> dict[str, str] | None:
     """{id: generated text} on the first process, None on the others.
 
-    An answer ends where `until` matches. `out` stores `run`: only the same run can resume from it.
+    An answer ends where `until` matches. run: settings that are recorded in `out`, see `answering.predict`.
     """
     from evaluation import answering
     prompts.check_pictures(samples)
+    rank, _ = cli.processes()
     longest = cfg.max_new_tokens or metadata["max_new_tokens"]
     sampling = dict(max_new_tokens=longest, temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
 
     def work(model, tokenizer, samples, write):
         answering.answer(model, tokenizer, samples, **sampling, batch_size=cfg.batch_size,
-                         progress=cli.processes()[0] == 0, until=until, write=write)
+                         progress=rank == 0, until=until, write=write)
 
     return answering.predict(cfg, samples, out, {**run, **sampling}, work)
 
@@ -100,7 +101,8 @@ def scienceqa(cfg: ScienceQA) -> tuple[dict, str] | None:
         samples = prompts.read_scienceqa(cfg.data, cfg.split, metadata["format"], metadata["captions"],
                                          metadata["lavin"]["vision"])[: cfg.limit or None]
         answers = generate(cfg, samples, cfg.out, metadata, scores.ANSWER if cfg.stop_at_letter else None,
-                           command="scienceqa", data=cfg.data, split=cfg.split)
+                           command="scienceqa", data=cfg.data, split=cfg.split,
+                           stop_at_letter=cfg.stop_at_letter)
     if answers is None:
         return None
     if not samples:
@@ -214,7 +216,7 @@ def main() -> None:
     if cfg.data == ScienceQA.data and cli.processes()[0] == 0:
         from tiny import world
         world.ensure(cfg.data)
-    with cli.process_group("gloo", timeout=timedelta(days=1)):  # they wait for the slowest
+    with cli.process_group("gloo", timeout=timedelta(days=1)):  # all wait for the slowest
         scored = command(cfg)
         if scored:
             result, table = scored

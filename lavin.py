@@ -135,7 +135,7 @@ class LaVIN(nn.Module):
         Z, X_primes = [], iter(X_primes)
         for modality, head, rest in zip(batch.modality, words[::2], words[1::2]):
             # Y is head and rest; in training, rest ends with the response. t_m runs apart, see LLaMA.route.
-            # The paper puts X' before Y. The released code and this code put it after [BOS] "Image: ", the head.
+            # The paper puts X' before Y. Released code and here: after the head, [BOS] "Image: ".
             X_prime = [next(X_primes).type_as(head)] if modality == IMAGE else []
             Z.append(torch.cat([head, *X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y] or [t_m, Y]
         return Z

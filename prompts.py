@@ -147,6 +147,9 @@ def tidy(text: str) -> str:
 
 def build_prompt(question: str, context: str, choices: list[str], form: str = "QCM-ALE") -> str:
     """The prompt, up to and including "Response:". Without choices it has no line of options."""
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"the question has {len(choices)} options; at most {len(LETTERS)} are possible, "
+                         f"(A) to ({LETTERS[-1]})")
     options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
     lines = {"Q": f"Question: {question}", "C": f"Context: {context or 'N/A'}", "M": f"Options: {options}"}
     asked = [lines[letter] for letter in form.partition("-")[0] if letter != "M" or choices]

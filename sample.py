@@ -15,10 +15,11 @@ from pathlib import Path
 
 import cli
 import lavin
-from official.images import open_image
-from evaluation import routing
 from evaluation.conversation import Conversation
+from evaluation.routing import show_routing
+from official.images import open_image
 from official.tokenizer import Tokenizer
+from speed.machine import Meter
 from speed.step import FastStep
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
@@ -45,22 +46,34 @@ class Config:
     dtype: str = "auto"  # bf16 or fp32
 
 
-def say(conversation: Conversation, prompt: str, cfg: Config) -> None:
-    pieces = conversation.ask(prompt, cfg.context, cfg.max_new_tokens or conversation.meta["max_new_tokens"],
-                              temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
+def answer(conversation: Conversation, step: FastStep, prompt: str, cfg: Config) -> None:
+    """Print the answer to one prompt as it is generated, and keep it as a turn."""
+    model, tokenizer = conversation.model, conversation.tokenizer
+    max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
+    batch, ids = conversation.batch(prompt, cfg.context, max_new_tokens), []  # one row: image and token ids
+    meter = Meter(model, batch.lengths[0])
+
+    sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "seed": cfg.seed, "step": step}
+
+    def tokens():
+        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, **sampling):
+            ids.append(id)
+            meter.tick()
+            yield id
+
     try:
-        for piece in pieces:
+        for piece in tokenizer.stream(tokens()):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
             raise
-        pieces.close()
+    conversation.add(ids)
     print(flush=True)
-    print(f"[{conversation.meter.report()}]", file=sys.stderr)
+    print(f"[{meter.report()}]", file=sys.stderr)
 
 
-def chat(conversation: Conversation, cfg: Config) -> None:
-    """Turns from stdin until it ends. A mistake in a turn is reported and costs nothing."""
+def chat(conversation: Conversation, step: FastStep, cfg: Config) -> None:
+    """Read turns from stdin until it ends. After an error in a turn, the chat goes on."""
     print("Ask a question. /image PATH shows an image, /reset forgets the turns. Ctrl-C stops an answer, "
           "Ctrl-D or an empty line ends the chat.", file=sys.stderr)
     line = cfg.prompt.strip()
@@ -79,7 +92,7 @@ def chat(conversation: Conversation, cfg: Config) -> None:
             elif command.startswith("/"):
                 raise ValueError(f"unknown command {command}; known: /image PATH, /reset")
             else:
-                say(conversation, line, cfg)
+                answer(conversation, step, line, cfg)
         except (ValueError, OSError) as e:
             print(e, file=sys.stderr)
         line = ""
@@ -87,7 +100,7 @@ def chat(conversation: Conversation, cfg: Config) -> None:
 
 def main() -> None:
     cfg = cli.parse(Config)
-    prompt_given = any(word.startswith("--prompt") for word in sys.argv)  # even if it is empty
+    prompt_given = any(word.startswith("--prompt") for word in sys.argv)  # --prompt "" is an error, no demo
     if not (prompt_given or cfg.image or cfg.chat or cfg.routing):
         cfg.image, cfg.prompt = DEMO
         print(f"{cfg.image}: {cfg.prompt}", file=sys.stderr)
@@ -101,20 +114,21 @@ def main() -> None:
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
           f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
     if cfg.routing:
-        return routing.show(model, Path("routing.png"))
-    both = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]  # in a chat, an image may come later
-    model.fold(*(both if cfg.chat else [lavin.IMAGE if cfg.image else lavin.TEXT]))
-    step = FastStep(model)
+        return show_routing(model, Path("routing.png"))
+    modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
+    if cfg.chat:  # an image may come later
+        modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
+    step = FastStep(model.fold(*modalities))  # the same result as LaVIN.decode for one row, in less time
     if cfg.compile:
         from speed.compiling import compile_step
         started, step = time.time(), compile_step(model)
         print(f"compiled in {time.time() - started:.0f} s", file=sys.stderr)
-    conversation = Conversation(model, meta, Tokenizer(cfg.llama, model.llama.cfg.vocab_size), step)
+    conversation = Conversation(model, meta, Tokenizer(cfg.llama, model.llama.cfg.vocab_size))
     conversation.show(cfg.image or None)
     if cfg.chat:
-        chat(conversation, cfg)
+        chat(conversation, step, cfg)
     else:
-        say(conversation, cfg.prompt, cfg)
+        answer(conversation, step, cfg.prompt, cfg)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@
     python train.py --recipe paper --llama LLaMA-7B --clip ViT-L-14 --data ScienceQA       one GPU
     torchrun --nproc_per_node 8 train.py --recipe paper ..                                 eight GPUs
 
-Data parallelism is written out. A global batch is split over ranks, accumulation steps and micro-batches.
-Each rank adds up the gradients of its samples, one all-reduce sums the few million adapter gradients over the
-ranks, and every rank takes the same optimizer step. Every split gives the same update, apart from rounding.
+Data parallelism is done by hand, without DistributedDataParallel. A global batch is split over the ranks, and
+on each rank into micro-batches, one per accumulation step. Each rank adds up the gradients of its samples,
+one all-reduce sums the few million adapter gradients over the ranks, and every rank takes the same optimizer
+step. Every split gives the same update, apart from rounding.
 
 The folder --out holds adapters.safetensors, checkpoint.pt and log.jsonl. --resume continues from
 checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
 """
 import dataclasses
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from official.tokenizer import Tokenizer
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the embedded small world, a few minutes on a laptop."""
+    # cli.py makes a flag of each field. The comment is its help; [a, b) at the start is the allowed range.
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights
@@ -44,7 +45,7 @@ class Config:
     out: str = "out"  # folder of the run
     resume: bool = False  # continue from OUT/checkpoint.pt
     # model: the choices of Table 2
-    vision: bool = True  # no-vision: text only, without image encoder
+    vision: bool = True  # --no-vision: text only, without image encoder
     vit_adapters: bool = True  # adapters in the image encoder too ("joint optimisation")
     adapter: str = "mm"  # in LLaMA: mm (with router) or rep (plain RepAdapter)
     adapter_dim: int = 8  # [2, inf) adapter width r
@@ -53,7 +54,7 @@ class Config:
     dropout: float = 0.0  # [0, 1) inside the adapters
     normalize: str = "clip"  # mean and std of the images: imagenet or clip
     # data
-    format: str = "QCM-EA"  # prompt and response, see prompts.py
+    format: str = "QCM-EA"  # prompt - response: Question, Context, Multiple choice - Explanation, Answer
     captions: bool = False  # append captions.json to the hints
     max_len: int = 192  # [2, inf) longest sequence in tokens; longer ones are cut
     # optimisation
@@ -69,7 +70,7 @@ class Config:
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
-    checkpoint: bool = False  # keep only the input of each LLaMA block: less memory, 1.4 x the work
+    checkpoint: bool = False  # activation checkpointing: less memory, 1.4 x the work
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     workers: int = -1  # [-1, inf) processes that decode images; -1: 4 with a GPU, none on a CPU
@@ -101,9 +102,9 @@ def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.o
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)
 
 
-# a resumed run must share these with the run that it continues; folders, machine and logging may change
-FIXED = ("vision vit_adapters adapter adapter_dim scale tau dropout normalize format captions max_len epochs "
-         "warmup batch_size lr weight_decay beta2 clip_grad seed").split()
+# --resume refuses a run in which one of these differs; folders, machine and logging may change
+MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normalize format captions max_len "
+              "epochs warmup batch_size lr weight_decay beta2 clip_grad seed").split()
 
 
 def save_checkpoint(path: Path, model: LaVIN, optimizer, step: int, run: dict) -> None:
@@ -112,7 +113,7 @@ def save_checkpoint(path: Path, model: LaVIN, optimizer, step: int, run: dict) -
 
 
 def load_checkpoint(path: Path, model: LaVIN, optimizer, run: dict) -> int:
-    """Restore adapters and optimizer, return the number of steps done; ValueError if it is of another run."""
+    """Restore adapters and optimizer, return the number of steps done. ValueError if `run` differs."""
     state = read_checkpoint(path)
     for name, value in run.items():
         before = state["run"].get(name)
@@ -156,7 +157,7 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, li
 
 
 def check_losses(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
-    """ValueError with step and samples if one of the steps that end before step `last` has no finite loss."""
+    """Stop if one of these losses, of the steps up to `last`, is NaN or infinite; name its samples."""
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
         step = last - len(losses) + bad[0]
@@ -167,13 +168,14 @@ def check_losses(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
 
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
-    main = rank == 0
-    say = (lambda *a: print(*a, file=sys.stderr)) if main else (lambda *a: None)
+    is_main = rank == 0
+    say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
-    steps = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed,
-                       model.vit.cfg.image_size if model.vit else 0, cfg.normalize, data.Dropout.of(model))
+    image_size = model.vit.cfg.image_size if model.vit else 0
+    steps = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed, image_size,
+                       cfg.normalize, data.DropoutMasks.of(model))
     total, warmup = max(1, round(cfg.epochs * steps.per_epoch)), round(cfg.warmup * steps.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     params = trainable(model)
@@ -189,12 +191,12 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     for p, g in zip(params.values(), gradients.split([p.numel() for p in params.values()])):
         p.grad = g.view_as(p)
     optimizer = optimizer_for(params, cfg)
-    run = {name: getattr(cfg, name) for name in FIXED} | {
+    run = {name: getattr(cfg, name) for name in MUST_MATCH} | {
         "data": data.fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", model, optimizer, run) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
-    batches = data.load(steps, range(first, stop), workers, pin_memory=device.type == "cuda")
-    log = Log(out / "log.jsonl", stop, first) if main else None
+    batches = data.prefetch(steps, range(first, stop), workers, pin_memory=device.type == "cuda")
+    log = Log(out / "log.jsonl", stop, first) if is_main else None
 
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
         buffer.zero_()
@@ -213,18 +215,21 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         optimizer.step()
 
         done = step + 1
-        if main:
+        if is_main:
             log.step(torch.stack([loss_sum, norm2]), sum(steps.lengths[i] for i in steps.chosen(step)))
-        if main and (done % cfg.log_every == 0 or done % cfg.save_every == 0 or done == stop):
-            check_losses(log.line(done, optimizer.param_groups[0]["lr"], device), done, steps)
-        if main and (done % cfg.save_every == 0 or done == stop):
+        to_save = done % cfg.save_every == 0 or done == stop
+        if is_main and (to_save or done % cfg.log_every == 0):
+            losses = log.line(done, optimizer.param_groups[0]["lr"], device)
+            check_losses(losses, done, steps)
+        if is_main and to_save:
             save_checkpoint(out / "checkpoint.pt", model, optimizer, done, run)
-    if main:
+    if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=dataclasses.asdict(cfg))
         say(f"wrote {out / 'adapters.safetensors'}")
-    if tests:
+    if tests:  # each rank answers its share
         from evaluation import answering
+
         answering.answer_split(model, tokenizer, tests, out, cfg.max_new_tokens)
 
 
@@ -232,19 +237,15 @@ def main() -> None:
     cfg = cli.parse(Config, RECIPES)
     if cfg.dry_run:
         from speed import price
+
         print(price.quote(cfg))
         return
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        gpus = torch.cuda.device_count()
-        if device.index is None and local >= gpus:
-            raise ValueError(f"more processes than GPUs; use --nproc_per_node {gpus}, or --device cpu")
-        device = torch.device("cuda", local if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    if cli.processes()[0] == 0 and Config.data in (source.path for source in prompts.mixture(cfg.data)):
+    small_world = Config.data  # generated when it is first used
+    if cli.processes()[0] == 0 and small_world in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
-        world.ensure(Config.data)
+
+        world.ensure(small_world)
     with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
         train(cfg, device, dtype)
 

@@ -45,8 +45,8 @@ def check(what: str, here, there, source: str = "naive.py") -> None:
 
 def naive_run(p: dict, e) -> tuple:
     """A sample, from ids and pixels -> Z with t_m in front, w of each layer, log p of each target"""
-    ids = e.head + [0] * e.n_image + list(e.rest)  # X' replaces the zeros
-    Z = naive.sequence(ids, picture.numpy() if e.n_image else None, len(e.head), p, model.cfg, model.vit.cfg)
+    ids = e.head + [0] * e.n_visual + list(e.rest)  # X' replaces the zeros
+    Z = naive.sequence(ids, picture.numpy() if e.n_visual else None, len(e.head), p, model.cfg, model.vit.cfg)
     h, w = naive.llama(Z, naive.sub(p, "llama."), model.llama.cfg, model.cfg.adapter, token=True)
     log_p = np.log(naive.softmax(h[1:] @ p["llama.output.weight"].T))  # [T, V]
     return Z, np.stack(w), log_p[range(e.start - 1, e.length - 1), e.rest[e.n_prompt:]]
@@ -65,19 +65,19 @@ picture, p = batch.images[0], naive.params(model)
 print(f"tiny/demo.png shows a big red circle, left of a small blue square. The prompt:\n\n{prompt}")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
-equation(1, "the modality token", LaVIN.routing)
-with patch.object(model.llama, "route", lambda t: t):  # makes routing() return t_m
-    check("t_m", model.routing(), np.stack([Z_text[0], Z[0]]))
+equation(1, "the modality token", LaVIN.routing_weights)
+with patch.object(model.llama, "route", lambda t: t):  # makes it return t_m
+    check("t_m", model.routing_weights(), np.stack([Z_text[0], Z[0]]))
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)). Z: the words, normalised for the first attention.
 equation(2, "the MM-Adapter", MMAdapter.forward)
-layer, w = model.llama.layers[0], model.routing()  # w [L, 2, 2] comes from Eq. (3)
+layer, w = model.llama.layers[0], model.routing_weights()  # w [L, 2, 2] comes from Eq. (3)
 words = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [20, C]
 adapted, adapter_p = layer.adapter_attn(words, w[0, IMAGE]), naive.sub(p, "llama.layers.0.adapter_attn.")
 check("Z'", adapted, naive.mm_adapter(words.double().numpy(), w_image[0], adapter_p, model.cfg.adapter.scale))
 bare, vit = llama.LLaMA.from_pretrained("tiny/llama"), clip.VisionTransformer.from_pretrained("tiny/clip")
 before = bare(batch.tokens[None]), vit(batch.images)
-w_untrained = LaVIN(bare, vit, model.cfg).routing()[:, [IMAGE], None]  # LaVIN() adds new adapters to both
+w_untrained = LaVIN(bare, vit, model.cfg).routing_weights()[:, [IMAGE], None]  # LaVIN() adds new adapters
 after = bare(batch.tokens[None], w_untrained), vit(batch.images)
 print("Untrained adapters leave every bit of the output as it was:", all(map(torch.equal, before, after)))
 
@@ -112,7 +112,7 @@ print("One adapter of LLaMA-7B has {:,} + {:,} + {:,} + {:,} = {:,} parameters."
 print("LaVIN-7B trains 32 x {:,} + 24 x {:,} + {:,} (neck) + {:,} (E_m) = {:,}.".format(*n[4:]))
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, "the loss, of the right response and of a wrong one", LaVIN.forward)
+equation(5, "the loss, of the right response and of a wrong one", lavin.negative_log_likelihood)
 check("L", [model(right_batch), model(wrong_batch)], [-naive_run(p, e)[2].sum() for e in (right, wrong)])
 
 # %% Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
@@ -123,7 +123,7 @@ check("X'", model.adapter_proj(X[0]), Z[1 + len(asked.head):][:n_cls])
 equation(7, "the input of LLaMA", LaVIN.embed)
 check("Z behind t_m", model.embed(batch)[0], Z[1:])
 for e, head in ((asked, tokenizer.decode(asked.head)), (text, tokenizer.decode(text.head))):
-    print(f"{1 + e.length} tokens: t_m, [BOS] {head!r}, X' x {e.n_image}, then {len(e.rest)} of the prompt")
+    print(f"{1 + e.length} tokens: t_m, [BOS] {head!r}, X' x {e.n_visual}, then {len(e.rest)} of the prompt")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
 equation(8, "generation", LaVIN.stream)

@@ -1,11 +1,12 @@
-"""Prompts -> the model's answers, on one process or several, and through interruptions.
+"""Questions -> the model's answers, on one process or several.
 
-`answer` generates text, `log_likelihoods` weighs given answers; `predict` runs either for evaluate.py: every process of
-torchrun does a share, and what is done lies in a file from which a run that was killed goes on.
+`answer` generates texts and `log_likelihoods` scores given ones. `predict` runs either of them for
+evaluate.py: it splits the questions over the processes of torchrun and writes each prediction to a file, from
+which a run that was stopped can resume.
 """
+import dataclasses
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -18,56 +19,71 @@ import torch.distributed as dist
 import cli
 import data
 import lavin
+import prompts
 from evaluation import scores
 from official.tokenizer import Tokenizer
 from prompts import Sample
+from speed.step import FastStep
 
 
-def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, temperature: float = 0.0, top_p: float = 0.75,
-           seed: int = 0, batch_size: int = 64, progress: bool = True, until: re.Pattern | None = None,
-           write: Callable[[dict], None] | None = None) -> dict[str, str]:
-    """{id: generated text} for samples whose response is ignored. Folds the model's adapters.
+def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, temperature: float = 0.0,
+           top_p: float = 0.75, seed: int = 0, batch_size: int = 64, progress: bool = True,
+           until: re.Pattern | None = None, write: Callable[[dict], None] | None = None) -> dict[str, str]:
+    """{id: generated text}. Ignores the responses of the samples. Folds the model's adapters.
 
-    until: a text is complete once this is found in it. write: called with every batch's texts as they come.
+    until  a text ends once this pattern matches
+    write  receives the texts of each batch as soon as they are complete
     """
-    if samples and not model.folded:
+    if not samples:
+        return {}
+    if not model.folded:
         model.fold(*sorted({int(s.image is not None) for s in samples}))
-    asked = [data.encode(Sample(s.id, s.prompt, "", s.image, s.problem), tokenizer, model.vit.n_cls if model.vit else 0)
-             for s in samples]
-    longest = {}  # question about each picture
-    for e in asked:
-        longest[e.sample.image] = max(e.length, longest.get(e.sample.image, 0))
-
-    def order(e: data.Example) -> tuple:  # one modality a batch, a picture's questions together, neighbours in length
-        return (True, longest[e.sample.image], str(e.sample.image)) if e.n_image else (False, e.length)
-
-    asked.sort(key=order)
-    first = sum(e.n_image == 0 for e in asked)
-    # the cache of a batch takes half of what is free at most
-    slot = 2 * model.llama.cfg.n_layers * model.llama.cfg.dim * model.llama.norm.weight.itemsize
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 8e9
-    most = max((e.length for e in asked), default=0) + max_new_tokens
-    batch_size = max(1, min(batch_size, int(free / 2 / (slot * most))))
-    starts = [*range(0, first, batch_size), *range(first, len(asked), batch_size)]
-    size, texts, started = model.vit.cfg.image_size if model.vit else 0, {}, time.time()
-
-    ends = {id for id in range(tokenizer.vocab_size) if "." in tokenizer.decode([id])} if until else set()
-
-    def complete(ids: list[int]) -> bool:  # decoding it all is worth it only where a sentence ends
-        return ids[-1] in ends and until.search(tokenizer.decode(ids)) is not None
-
-    for k, end in zip(starts, [*starts[1:], len(asked)]):
-        rows = asked[k: end]
-        batch = data.collate(rows, size, model.cfg.normalize).to(model.device)
-        sampling = dict(temperature=temperature, top_p=top_p, seed=seed)
-        ids = generate(model, batch, max_new_tokens, tokenizer.eos, complete if until else lambda ids: False, **sampling)
-        new = {e.sample.id: tokenizer.decode(i) for e, i in zip(rows, ids)}
+    n_cls, image_size = (model.vit.n_cls, model.vit.cfg.image_size) if model.vit else (0, 0)
+    questions = [data.encode(dataclasses.replace(s, response=""), tokenizer, n_cls) for s in samples]
+    longest = max(e.length for e in questions) + max_new_tokens
+    batch_size = min(batch_size, rows_that_fit(model, longest))
+    complete = completeness(tokenizer, until)
+    sampling = dict(temperature=temperature, top_p=top_p, seed=seed, step=FastStep(model))
+    texts, started = {}, time.time()
+    for rows in batches(questions, batch_size):
+        batch = data.collate(rows, image_size, model.cfg.normalize).to(model.device)
+        answers = generate(model, batch, max_new_tokens, tokenizer.eos, complete, **sampling)
+        new = {e.sample.id: tokenizer.decode(ids) for e, ids in zip(rows, answers)}
         texts.update(new)
         if write:
             write(new)
         if progress:
-            show_progress(len(texts), len(asked), started)
+            show_progress(len(texts), len(samples), started)
     return texts
+
+
+def batches(questions: list[data.Example], batch_size: int) -> list[list[data.Example]]:
+    """Batches of one modality and similar lengths. Questions about the same picture stay together."""
+    with_picture = [e for e in questions if e.n_visual]
+    longest = {}  # {picture: length of the longest question about it}
+    for e in with_picture:
+        longest[e.sample.image] = max(e.length, longest.get(e.sample.image, 0))
+    with_picture.sort(key=lambda e: (longest[e.sample.image], str(e.sample.image)))
+    text = sorted((e for e in questions if not e.n_visual), key=lambda e: e.length)
+    return [group[i: i + batch_size]
+            for group in (text, with_picture) for i in range(0, len(group), batch_size)]
+
+
+def rows_that_fit(model, tokens: int) -> int:
+    """How many rows of this length fit into a cache of at most half the free memory. At least one."""
+    c = model.llama.cfg
+    row = 2 * c.n_layers * c.dim * model.llama.norm.weight.itemsize * tokens
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 8e9
+    return max(1, int(free / 2 / row))
+
+
+def completeness(tokenizer, until: re.Pattern | None) -> Callable[[list[int]], bool]:
+    """A function that tells whether `until` matches the text of these tokens. Without a pattern: never."""
+    if until is None:
+        return lambda ids: False
+    # decoding the whole text is slow, so do it only after a token with a full stop
+    stops = {id for id in range(tokenizer.vocab_size) if "." in tokenizer.decode([id])}
+    return lambda ids: ids[-1] in stops and until.search(tokenizer.decode(ids)) is not None
 
 
 def generate(model, batch, max_new_tokens: int, eos: int, complete: Callable, **sampling) -> list[list[int]]:
@@ -84,35 +100,37 @@ def generate(model, batch, max_new_tokens: int, eos: int, complete: Callable, **
 
 
 def log_likelihoods(model, tokenizer, sample: Sample, answers: list[str]) -> dict[str, float]:
-    """{answer: log p(answer | prompt)} of text answers: the sum over its tokens, EOS left out. One packed forward."""
+    """{answer: log p(answer | prompt)}: the sum over the answer's tokens, without EOS. One forward pass."""
     examples = [data.encode(Sample(sample.id, sample.prompt, a, None, {}), tokenizer, 0) for a in answers]
     for e in examples:
-        e.rest = e.rest[:-1]
+        e.rest = e.rest[:-1]  # without EOS
     batch = data.collate(examples, 0, model.cfg.normalize).to(model.device)
     with torch.inference_mode(), model.autocast():
         log_p = torch.log_softmax(model.llama.output(model.hidden(batch)).float(), -1)  # [targets, V]
         log_p = log_p.gather(1, batch.targets[:, None])[:, 0]
-    return {a: x.sum().item() for a, x in zip(answers, log_p.split([e.length - e.start for e in examples]))}
+    log_p = log_p.split([e.length - e.start for e in examples])
+    return {a: x.sum().item() for a, x in zip(answers, log_p)}
 
 
 def weigh(model, tokenizer, samples: list[Sample], write: Callable[[dict], None]) -> None:
-    """write({id: {answer: log p}}) of TruthfulQA's questions, one after the other"""
+    """Call write({id: {answer: log p}}) for each question of TruthfulQA."""
     model.fold(lavin.TEXT)
+    rank, _ = cli.processes()
     started = time.time()
     for k, s in enumerate(samples, start=1):
         given = {**s.problem["mc1_targets"], **s.problem["mc2_targets"]}
         write({s.id: log_likelihoods(model, tokenizer, s, list(given))})
-        if cli.processes()[0] == 0:
+        if rank == 0:
             show_progress(k, len(samples), started)
 
 
 def answer_split(model, tokenizer, samples: list[Sample], out: Path, max_new_tokens: int) -> None:
-    """Answer problems after training: write predictions.json and scores.json to `out`, print the nine columns."""
+    """Answer ScienceQA's problems after training: write predictions.json and scores.json, print the table."""
     rank, ranks = cli.processes()
     if rank == 0:
         print(f"answering {len(samples)} problems", file=sys.stderr)
     texts = answer(model.eval(), tokenizer, samples[rank::ranks], max_new_tokens, progress=rank == 0,
-                   until=scores.ANSWER)  # once the letter is there, the score is decided
+                   until=scores.ANSWER)  # the letter decides the score
     parts = gather(texts)
     if rank == 0:
         texts = {id: text for part in parts for id, text in part.items()}
@@ -129,60 +147,73 @@ def show_progress(done: int, total: int, started: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# predictions, over processes and over interruptions
+# a file of predictions: one line that describes the run, then one line per prediction
 
 def resume(path: Path, run: dict) -> dict:
-    """{id: prediction} that an earlier run left; ValueError unless it was the same `run`. A line cut short is dropped."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if "\n" not in text and '{"run": '.startswith(text[:8]):  # nothing yet
+    """{id: prediction} in the file of a run that was stopped. ValueError if `run` describes another one.
+
+    The last line may be incomplete. It is ignored.
+    """
+    text = prompts.read_text(path, "predictions") if path.is_file() else ""
+    if "\n" not in text and '{"run": '.startswith(text[:8]):  # stopped within the first line, or no file
         return {}
     head, *rows = text.split("\n")
     try:
-        before = json.loads(head)["run"]
+        before = dict(json.loads(head)["run"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: exists, and is not the predictions of an earlier run; give another --out") from None
+        raise ValueError(f"{path}: exists, but is not a file of predictions; give another --out") from None
     for name, value in run.items():
         if before.get(name) != value:
-            raise ValueError(f"{path}: holds the predictions of another run ({name} {before.get(name)}, now {value}); "
-                             "give another --out, or delete it")
+            raise ValueError(f"{path}: holds the predictions of another run ({name} {before.get(name)}, "
+                             f"now {value}); give another --out, or delete it")
     done = {}
     for row in rows:
         try:
             row = json.loads(row)
             done[row["id"]] = row["prediction"]
-        except ValueError:  # cut short, or empty: after the last line
+        except (ValueError, KeyError, TypeError):  # the incomplete line, or the empty one after the last line
             pass
     return done
 
 
-def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> dict | None:
-    """{id: prediction} of all samples, on the first process; None on the others.
+def fingerprint(samples: list[Sample]) -> str:
+    """The number of questions, and a hash of their ids, prompts and image names."""
+    questions = [(s.id, s.prompt, s.image and s.image.name) for s in samples]
+    return f"{len(samples)}:{hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]}"
 
-    What `out` holds is kept. Of the rest every process does a share with work(model, tokenizer, samples, write), and
-    appends to `out` as write({id: prediction}) is called: one line a sample, after a line that tells what made them.
+
+def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> dict | None:
+    """{id: prediction} of all samples on the first process, None on the others.
+
+    Each process calls work(model, tokenizer, samples, write) for its share of the samples that have no
+    prediction in `out` yet. work() calls write({id: prediction}), which appends to `out`. `run` holds the
+    settings that decide the predictions; the first line of `out` records them, and only a run with the same
+    settings may resume.
     """
     if not samples:
         raise ValueError(f"{cfg.data}: there is nothing to answer in it")
     if out and Path(out).suffix != ".jsonl":
-        raise ValueError(f"--out {out}: predictions are written line by line; give it a name that ends in .jsonl")
+        raise ValueError(f"--out {out}: predictions are JSON lines; give a name that ends in .jsonl")
     rank, ranks = cli.processes()
-    run = {**run, "adapters": hashlib.sha256(Path(cfg.adapters).read_bytes()).hexdigest()[:16]}
+    device, dtype = cli.pick_device(cfg.device, cfg.dtype)
+    run = {**run, "adapters": hashlib.sha256(Path(cfg.adapters).read_bytes()).hexdigest()[:16],
+           "questions": fingerprint(samples), "dtype": str(dtype).removeprefix("torch.")}
     done = resume(Path(out), run) if out else {}
     left = [s for s in samples if s.id not in done]
     if done and rank == 0:
         print(f"{out}: {len(done)} predictions are there, {len(left)} to go", file=sys.stderr)
     if left:
-        model, tokenizer = load(cfg)
-        meet()  # everybody has read `out`
+        model, tokenizer = load(cfg, device, dtype)
+        barrier()  # every process has read `out`
         if out and rank == 0:
-            begin(Path(out), run, done)
-        meet()
-        file, mine = os.open(out, os.O_WRONLY | os.O_APPEND) if out else None, {}
+            start_file(Path(out), run, done)
+        barrier()
+        file, mine = open(out, "ab", buffering=0) if out else None, {}
 
         def write(new: dict) -> None:
             mine.update(new)
-            if file is not None:  # in one piece, so that processes don't write into each other's lines
-                os.write(file, lines(new).encode())
+            if file:  # a single system call, so that the processes' lines do not mix
+                file.write(json_lines(new).encode())
 
         work(model, tokenizer, left[rank::ranks], write)
         for part in gather(mine):
@@ -190,25 +221,25 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
     return {s.id: done[s.id] for s in samples} if rank == 0 else None
 
 
-def lines(predictions: dict) -> str:
+def json_lines(predictions: dict) -> str:
     return "".join(json.dumps({"id": id, "prediction": p}) + "\n" for id, p in predictions.items())
 
 
-def begin(path: Path, run: dict, done: dict) -> None:
-    """write the file anew, without a last line that was cut short"""
+def start_file(path: Path, run: dict, done: dict) -> None:
+    """Write the line of the run and the predictions so far. This drops an incomplete last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"run": run}) + "\n" + lines(done), encoding="utf-8")
+    part.write_text(json.dumps({"run": run}) + "\n" + json_lines(done), encoding="utf-8")
     part.replace(path)
 
 
-def meet() -> None:
+def barrier() -> None:
     if cli.processes()[1] > 1:
         dist.barrier()
 
 
 def gather(mine: dict) -> list[dict]:
-    """everybody's, on the first process; nothing on the others"""
+    """The dicts of all processes on the first process, an empty list on the others."""
     rank, ranks = cli.processes()
     if ranks == 1:
         return [mine]
@@ -217,11 +248,7 @@ def gather(mine: dict) -> list[dict]:
     return parts or []
 
 
-def load(cfg):
-    """-> model, tokenizer"""
-    device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+def load(cfg, device: torch.device, dtype: torch.dtype) -> tuple[lavin.LaVIN, Tokenizer]:
+    """The model that the flags name, and its tokenizer."""
     model, _ = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base)
     return model, Tokenizer(cfg.llama, model.llama.cfg.vocab_size)

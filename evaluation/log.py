@@ -1,4 +1,4 @@
-"""The log of a training run: a line per interval on stderr, and the same in log.jsonl."""
+"""The log of a training run."""
 import json
 import sys
 import time
@@ -11,7 +11,7 @@ from official.adapter_files import write_atomically
 
 
 class Log:
-    """One line per interval on stderr, the same in log.jsonl. Until then losses stay on the GPU."""
+    """One line per interval, on stderr and in log.jsonl. Losses stay on the GPU until the interval ends."""
 
     def __init__(self, path: Path, total: int, first: int):
         rows = path.read_bytes().splitlines(keepends=True) if path.is_file() and first else []
@@ -19,7 +19,7 @@ class Log:
             rows = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= first]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: a damaged line; delete it, or move the file away") from None
-        write_atomically(path, b"".join(rows))  # steps after the checkpoint are run, and logged, again
+        write_atomically(path, b"".join(rows))  # steps after the checkpoint will be logged again
         self.file = open(path, "a", buffering=1)
         self.total, self.first, self.started = total, first, time.time()
         self.since, self.values, self.tokens = self.started, [], 0
@@ -34,7 +34,8 @@ class Log:
         losses, norms = torch.stack(self.values).cpu().unbind(1)
         now = time.time()
         row = {"step": step, "loss": round(losses.mean().item(), 4), "lr": round(lr, 6),
-               "grad_norm": round(norms[-1].sqrt().item(), 4), "tokens_per_s": round(self.tokens / (now - self.since)),
+               "grad_norm": round(norms[-1].sqrt().item(), 4),
+               "tokens_per_s": round(self.tokens / (now - self.since)),
                "eta": clock((now - self.started) / (step - self.first) * (self.total - step))}
         if device.type == "cuda":
             row["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)

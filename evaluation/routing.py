@@ -35,9 +35,9 @@ def picture(w: torch.Tensor, file: Path) -> None:
     image.save(file)
 
 
-def show(model: LaVIN, file: Path) -> None:
+def show_routing(model: LaVIN, file: Path) -> None:
     """Print the weights and draw them; ValueError if the adapters have no router."""
-    w = model.routing()
+    w = model.routing_weights()
     if w is None:
         raise ValueError("these adapters have no router (trained with --adapter rep)")
     w = w.detach().float().cpu()

@@ -1,7 +1,7 @@
-"""`FastStep`, compiled: most of its many small operations take longer to call than to run.
+"""Compile `FastStep`, because most of its many small operations take longer to call than to run.
 
-On a CPU the step becomes one C++ program (torch.export and AOTInductor), on a GPU a CUDA graph (torch.compile). Both
-are made from `step.one_token`.
+On a CPU the step becomes one C++ program (torch.export and AOTInductor), on a GPU a CUDA graph
+(torch.compile). Both are made from `step.one_token`.
 """
 import os
 import shutil
@@ -17,7 +17,7 @@ from speed.step import FastStep, Layer, Weights, one_token, rope_real
 
 OPTIONS = {
     "aot_inductor.package_constants_in_so": False,  # the weights stay where they are
-    "realize_opcount_threshold": 8,  # a norm is computed once, not again in each row of the matrix that follows
+    "realize_opcount_threshold": 8,  # compute a norm once, not once per row of the next matrix
 }
 
 
@@ -29,13 +29,13 @@ def compile_step(model: LaVIN) -> FastStep:
 
 
 class Exported(nn.Module):
-    """`one_token` as the module that torch.export takes: its parameters are the weights, all else is an argument."""
+    """`one_token` as a module, as torch.export needs it. The weights are its parameters."""
 
     def __init__(self, weights: Weights, H: int, eps: float):
         super().__init__()
         self.H, self.eps = H, eps
-        frozen = [nn.Parameter(x, requires_grad=False) for x in (weights.embeddings, weights.norm, weights.output)]
-        self.embeddings, self.norm, self.output = frozen
+        self.embeddings, self.norm, self.output = (
+            nn.Parameter(x, requires_grad=False) for x in (weights.embeddings, weights.norm, weights.output))
         self.layers = nn.ModuleList(nn.Module() for _ in weights.layers)
         for module, layer in zip(self.layers, weights.layers):
             for name, x in layer._asdict().items():
@@ -67,25 +67,27 @@ class Program(FastStep):
             self.program = torch._inductor.aoti_load_package(file)
 
     def run(self, weights, token, position, cache):
-        if self.loaded is not weights:  # the first step, or the first in another modality
-            module = self.modules[self.model.entered]
-            self.program.load_constants(dict(module.named_parameters()), check_full_update=True, user_managed=True)
+        if self.loaded is not weights:  # the first step, or a change of modality
+            module = self.modules[self.model.folded_for]
+            parameters = dict(module.named_parameters())
+            self.program.load_constants(parameters, check_full_update=True, user_managed=True)
             self.loaded = weights
         return self.program(token, position, self.rope[:cache.filled], [*cache.k], [*cache.v])
 
 
 class Graph(FastStep):
-    """A CUDA graph. It replays on the same tensors every time, so each new cache is copied into one that stays."""
+    """A CUDA graph. It always reads and writes the same tensors, so each new cache is copied into them."""
 
     def __init__(self, model: LaVIN):
         super().__init__(model)
-        H, eps = self.cfg.n_heads, self.cfg.norm_eps  # as parameters of a module, the weights are not copied per step
+        H, eps = self.cfg.n_heads, self.cfg.norm_eps
+        # the weights are parameters of a module; as arguments, they would be copied in every step
         self.compiled = {m: torch.compile(Exported(weights, H, eps), mode="reduce-overhead", dynamic=False,
                                           fullgraph=True) for m, weights in self.weights.items()}
         self.copied, self.slots = None, 0
 
     def keep(self, cache: KVCache) -> None:
-        """Copy a new cache. The number of slots is a power of two, so that few sizes are compiled."""
+        """Copy a new cache. Round its slots up to a power of two, so that few sizes are compiled."""
         slots = max(256, 1 << (cache.k.shape[3] - 1).bit_length())
         if slots != self.slots:
             c, self.slots, device = self.cfg, slots, self.model.device
@@ -103,5 +105,5 @@ class Graph(FastStep):
     def run(self, weights, token, position, cache):
         if self.copied is not cache:
             self.keep(cache)
-        mask = (self.all_slots <= position)[None]  # every slot is read, so that shapes never change
-        return self.compiled[self.model.entered](token, position, self.rope, self.keys, self.values, mask)
+        mask = (self.all_slots <= position)[None]  # read every slot, so that shapes never change
+        return self.compiled[self.model.folded_for](token, position, self.rope, self.keys, self.values, mask)

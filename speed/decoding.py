@@ -1,10 +1,12 @@
-"""What a token of an answer costs: LaVIN folded and unfolded, beside the bare LLaMA and Hugging Face's `generate`.
+"""Time one token of an answer: LaVIN folded and unfolded, the bare LLaMA, and Hugging Face's `generate`.
 
-All take turns, answer by answer: whatever else slows the machine, slows them all, and ratios stand where times don't.
-Greedy, one row, the same prompt (a picture and random tokens), the same number of new tokens, on random weights.
+The models take turns, answer by answer. A slow moment of the machine then hits all of them, so ratios between
+them are more reliable than times. Each model answers one row greedily: the same prompt (an image and random
+tokens), the same number of new tokens. The weights are random.
 """
 import copy
 import time
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Callable
 
@@ -17,145 +19,194 @@ from speed.compiling import compile_step
 from speed.machine import bandwidth, bytes_per_token
 from speed.step import FastStep
 
-Answer = Callable[[], tuple[list[int], list[float]]]  # -> tokens, and when each had reached the CPU
+Answer = Callable[[], tuple[list[int], list[float]]]  # returns the tokens, and when each one reached the CPU
 
 
-def twin(model: LaVIN) -> LaVIN:
-    """another model of the very same tensors: what is replaced in it, is replaced in it alone"""
+# ---------------------------------------------------------------------------------------------------
+# LaVIN and the bare LLaMA
+
+def share(model: LaVIN) -> LaVIN:
+    """A second model with the same tensors. A module or parameter can be replaced in one of the two alone."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def bare(model: LaVIN) -> LaVIN:
-    """The same without LLaMA's adapters, as if they had been folded: only the adapters differ."""
-    model = twin(model)
+    """The model without LLaMA's adapters. It poses as folded, so that it takes the same fast step."""
+    model = share(model)
     model.folded = {IMAGE: []}
     for layer in model.llama.layers:
         a, layer.adapter_attn = layer.attention, None
         W = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight])
         model.folded[IMAGE].append((W, W.new_zeros(len(W))))
-    model.enter(IMAGE)
+    model.use_folded(IMAGE)
     return model
 
 
-def ours(model: LaVIN, batch: data.Batch, n: int, step: Callable | None) -> Answer:
+def lavin_answer(model: LaVIN, batch: data.Batch, n: int, step: Callable | None) -> Answer:
+    """A function that answers the one row of `batch` with n tokens."""
     def answer():
-        tokens, marks = [], []
+        tokens, times = [], []
         for (token,) in model.stream(batch, n, eos=-1, temperature=0.0, step=step):
             tokens.append(token)
-            marks.append(time.perf_counter())
-        return tokens, marks
+            times.append(time.perf_counter())
+        return tokens, times
 
     return answer
 
 
-class Clock:
-    """what `generate` takes for a streamer: it is told of every token"""
+# ---------------------------------------------------------------------------------------------------
+# Hugging Face
+
+class TokenTimes:
+    """A streamer for `generate`, which calls `put` after each token."""
 
     def __init__(self):
-        self.marks = []
+        self.times = []
 
     def put(self, tokens):
-        self.marks.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
     def end(self):
         pass
 
 
-def halves(w: torch.Tensor, heads: int) -> torch.Tensor:
-    """rows of wq or wk: Meta turns the pairs (2i, 2i + 1) of a head, Hugging Face (i, i + D / 2)"""
-    return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+def to_halves(w: torch.Tensor, H: int) -> torch.Tensor:
+    """Reorder the rows of wq or wk for Hugging Face.
+
+    A head rotates pairs of rows: (2i, 2i + 1) in Meta's layout, (i, i + D/2) in Hugging Face's.
+    """
+    return w.unflatten(0, (H, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def merged(model: LaVIN) -> nn.Module:
-    """Hugging Face's LLaMA with the folded model's weights: one set of tensors but for q and k, whose rows lie otherwise"""
+def hugging_face_tensors(model: LaVIN) -> dict[str, torch.Tensor]:
+    """The folded weights under Hugging Face's names. Only q and k are copies, with their rows reordered."""
+    llama, H = model.llama, model.llama.cfg.n_heads
+    modules = {"model.embed_tokens": llama.tok_embeddings, "model.norm": llama.norm, "lm_head": llama.output}
+    tensors = {}
+    for i, layer in enumerate(llama.layers):
+        a, ffn, at = layer.attention, layer.feed_forward, f"model.layers.{i}"
+        modules |= {f"{at}.input_layernorm": layer.attention_norm, f"{at}.self_attn.o_proj": a.wo,
+                    f"{at}.post_attention_layernorm": layer.ffn_norm, f"{at}.mlp.gate_proj": ffn.w1,
+                    f"{at}.mlp.up_proj": ffn.w3, f"{at}.mlp.down_proj": ffn.w2}
+        for kind in ("weight", "bias"):  # a folded adapter gives q, k and v a bias
+            q, k, v = (getattr(linear, kind) for linear in (a.wq, a.wk, a.wv))
+            tensors |= {f"{at}.self_attn.q_proj.{kind}": to_halves(q, H),
+                        f"{at}.self_attn.k_proj.{kind}": to_halves(k, H), f"{at}.self_attn.v_proj.{kind}": v}
+        # Hugging Face has one switch for the biases of q, k, v and o
+        tensors[f"{at}.self_attn.o_proj.bias"] = torch.zeros_like(llama.norm.weight)
+    return tensors | {f"{name}.weight": module.weight for name, module in modules.items()}
+
+
+def hugging_face_model(model: LaVIN) -> nn.Module:
+    """Hugging Face's LLaMA with the folded weights of `model`."""
     try:
         import transformers
     except ImportError as e:
-        raise ValueError(f"--vs hf: the package {e.name} is not here; pip install transformers peft") from None
-    c, weight = model.llama.cfg, model.llama.norm.weight
+        raise ValueError(f"--vs hf: the package {e.name} is missing; pip install transformers peft") from None
+    c = model.llama.cfg
     config = transformers.LlamaConfig(
-        hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        vocab_size=c.vocab_size, rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_seq_len, attention_bias=True,
-        rope_theta=c.rope_theta, attn_implementation="sdpa",
-        bos_token_id=None, eos_token_id=None, pad_token_id=0)
+        hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, vocab_size=c.vocab_size, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.max_seq_len, rope_theta=c.rope_theta, attention_bias=True,
+        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None, pad_token_id=0)
     with torch.device("meta"):
         hf = transformers.LlamaForCausalLM(config).eval()
-    hf.model.rotary_emb = type(hf.model.rotary_emb)(config).to(weight.device)  # the only tensor that is not a weight
-    t = {"model.embed_tokens": model.llama.tok_embeddings.weight, "model.norm": weight, "lm_head": model.llama.output.weight}
-    for i, layer in enumerate(model.llama.layers):
-        a, f, at = layer.attention, layer.feed_forward, f"model.layers.{i}."
-        t |= {f"{at}self_attn.o_proj": a.wo.weight, f"{at}mlp.gate_proj": f.w1.weight, f"{at}mlp.down_proj": f.w2.weight,
-              f"{at}mlp.up_proj": f.w3.weight, f"{at}input_layernorm": layer.attention_norm.weight,
-              f"{at}post_attention_layernorm": layer.ffn_norm.weight}
-        for kind in ("weight", "bias"):
-            q, k, v = (getattr(x, kind) for x in (a.wq, a.wk, a.wv))
-            t |= {f"{at}self_attn.{name}.{kind}": x for name, x in
-                  (("q_proj", halves(q, c.n_heads)), ("k_proj", halves(k, c.n_heads)), ("v_proj", v))}
-        t[f"{at}self_attn.o_proj.bias"] = torch.zeros_like(weight)
-    hf.load_state_dict({n if n.endswith((".weight", ".bias")) else n + ".weight": x for n, x in t.items()}, assign=True)
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(config).to(model.device)  # its buffer is not a weight
+    hf.load_state_dict(hugging_face_tensors(model), assign=True)
     return hf
 
 
-def theirs(hf: nn.Module, prompt: torch.Tensor, n: int) -> Answer:
-    """prompt [1, T, C], as embeddings: there is a picture in it"""
+def hugging_face_answer(hf: nn.Module, prompt: torch.Tensor, n: int) -> Answer:
+    """A function that answers with n tokens. The prompt contains an image, so it is embedded: [1, T, C]."""
     def answer():
-        clock = Clock()
+        streamer, mask = TokenTimes(), torch.ones(prompt.shape[:2], device=prompt.device)
         with torch.inference_mode():
-            tokens = hf.generate(inputs_embeds=prompt, attention_mask=torch.ones(prompt.shape[:2], device=prompt.device),
-                                 max_new_tokens=n, min_new_tokens=n, do_sample=False, use_cache=True, streamer=clock)
-        return tokens[0].tolist(), clock.marks[-n:]
+            tokens = hf.generate(inputs_embeds=prompt, attention_mask=mask, max_new_tokens=n,
+                                 min_new_tokens=n, do_sample=False, use_cache=True, streamer=streamer)
+        return tokens[0].tolist(), streamer.times[-n:]
 
     return answer
 
 
-def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, vs: str, compiled: bool,
-            say: Callable[[str], None]) -> dict:
-    """`n` tokens after the one prompt of `batch`, `steps` times; -> what bench.py prints. Folds the model."""
-    without = bare(model)
-    answers = {"bare": ours(without, batch, n, FastStep(without)), "unfolded": ours(twin(model), batch, n, None)}
-    answers["folded"] = ours(model.fold(IMAGE), batch, n, FastStep(model))
-    if compiled:
-        answers["compiled"] = ours(model, batch, n, compile_step(model))
-    if vs:
-        with torch.inference_mode(), model.autocast():
-            answers["hf"] = theirs(merged(model), model.embed(batch)[0][None], n)
-    device, length = model.device, batch.lengths[0]
-    limits, prefill, gaps, tokens = [], {name: [] for name in answers}, {name: [] for name in answers}, {}
+# ---------------------------------------------------------------------------------------------------
+# timing
+
+@dataclass
+class Timings:
+    """One list entry per timed round. In a round, each model gives one answer."""
+    prefill: dict[str, list[float]]  # {name: seconds until the first token}
+    per_token: dict[str, list[float]]  # {name: seconds between two tokens, the median of an answer}
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # {name: the last answer}
+    bandwidths: list[tuple[float, float]] = field(default_factory=list)  # before each round, after the last
+
+    def speedup(self, a: str, b: str) -> float:
+        """How many times faster b is than a: the median of the rounds' ratios."""
+        return median(x / y for x, y in zip(self.per_token[a], self.per_token[b]))
+
+    def limits(self) -> list[float]:
+        """The memory bandwidth in each round: the best of the figures from before and after it."""
+        return [max(before + after) for before, after in zip(self.bandwidths, self.bandwidths[1:])]
+
+    def utilisation(self, name: str, size: float) -> float:
+        """The share of the bandwidth that a model uses if a token reads `size` bytes."""
+        return median(size / t / limit for t, limit in zip(self.per_token[name], self.limits()))
+
+
+def take_turns(answers: dict[str, Answer], burn_in: int, steps: int, device: torch.device,
+               say: Callable[[str], None]) -> Timings:
+    """Run burn_in + steps rounds and time the last `steps` of them."""
+    timings = Timings(prefill={name: [] for name in answers}, per_token={name: [] for name in answers})
     for k in range(burn_in + steps):
-        if k >= burn_in:
-            limits.append(bandwidth(device))
+        timed = k >= burn_in
+        if timed:
+            timings.bandwidths.append(bandwidth(device))
         for name, answer in answers.items():
             started = time.perf_counter()
-            tokens[name], marks = answer()
-            between = [b - a for a, b in zip(marks, marks[1:])]
-            say(f"answer {k + 1} {name}: {1e3 * median(between):.2f} ms/token" + ", burn-in" * (k < burn_in))
-            if k >= burn_in:
-                prefill[name].append(marks[0] - started)
-                gaps[name].append(median(between))  # of one answer: its last tokens cost hardly more than its first
-    limits.append(bandwidth(device))
-    ms = {name: 1e3 * median(x) for name, x in gaps.items()}
+            timings.tokens[name], times = answer()
+            per_token = median(b - a for a, b in zip(times, times[1:]))
+            say(f"answer {k + 1} {name}: {1e3 * per_token:.2f} ms/token" + ", burn-in" * (not timed))
+            if timed:
+                timings.prefill[name].append(times[0] - started)
+                timings.per_token[name].append(per_token)
+    timings.bandwidths.append(bandwidth(device))
+    return timings
 
-    def ratio(a: str, b: str) -> float:  # of answers that followed each other, so that both had the same machine
-        return median(x / y for x, y in zip(gaps[a], gaps[b]))
 
-    size = bytes_per_token(model.llama, length + n / 2)
-    around = [max(a + b) for a, b in zip(limits, limits[1:])]  # the better of before and after: nothing is to be flattered
+def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, vs: str, compiled: bool,
+            say: Callable[[str], None]) -> dict:
+    """The figures that `speed.bench decode` prints. Every answer has n tokens. Folds the model.
 
-    def utilisation(a: str) -> float:
-        return median(size / gap / limit for gap, limit in zip(gaps[a], around))
-
-    result = {f"{name}_ms_per_token": x for name, x in ms.items()} | {
-        "prefill_s": median(prefill["folded"]), "prefill_tokens_per_s": length / median(prefill["folded"]),
-        "tokens_per_s": 1e3 / ms["folded"], "folded_over_bare": ratio("bare", "folded"),  # as speeds
-        "unfolded_over_bare": ratio("bare", "unfolded"), "mb_per_token": size / 1e6, "gb_per_s": size / ms["folded"] / 1e6,
-        "memory_gb_per_s": median(around) / 1e9, "utilisation": utilisation("folded")}
+    vs: "hf" includes Hugging Face; compiled: include the compiled step
+    """
+    without_adapters, unfolded = bare(model), share(model)
+    model.fold(IMAGE)
+    answers = {"bare": lavin_answer(without_adapters, batch, n, FastStep(without_adapters)),
+               "unfolded": lavin_answer(unfolded, batch, n, None),
+               "folded": lavin_answer(model, batch, n, FastStep(model))}
     if compiled:
-        result |= {"compiled_over_folded": ratio("folded", "compiled"), "compiled_gb_per_s": size / ms["compiled"] / 1e6,
-                   "compiled_utilisation": utilisation("compiled"),
+        answers["compiled"] = lavin_answer(model, batch, n, compile_step(model))
+    if vs:
+        with torch.inference_mode(), model.autocast():
+            answers["hf"] = hugging_face_answer(hugging_face_model(model), model.embed(batch)[0][None], n)
+    timings = take_turns(answers, burn_in, steps, model.device, say)
+
+    ms, length = {name: 1e3 * median(times) for name, times in timings.per_token.items()}, batch.lengths[0]
+    prefill, size = median(timings.prefill["folded"]), bytes_per_token(model.llama, length + n / 2)
+    result = {f"{name}_ms_per_token": x for name, x in ms.items()} | {
+        "prefill_s": prefill, "prefill_tokens_per_s": length / prefill, "tokens_per_s": 1e3 / ms["folded"],
+        "folded_over_bare": timings.speedup("bare", "folded"),
+        "unfolded_over_bare": timings.speedup("bare", "unfolded"),
+        "mb_per_token": size / 1e6, "gb_per_s": size / ms["folded"] / 1e6,
+        "memory_gb_per_s": median(timings.limits()) / 1e9, "utilisation": timings.utilisation("folded", size)}
+    tokens = timings.tokens
+    if compiled:
+        result |= {"compiled_over_folded": timings.speedup("folded", "compiled"),
+                   "compiled_gb_per_s": size / ms["compiled"] / 1e6,
+                   "compiled_utilisation": timings.utilisation("compiled", size),
                    "compiled_same_tokens": tokens["compiled"] == tokens["folded"]}
-    if vs:  # of times: > 1 is ours being faster
-        same = sum(a == b for a, b in zip(tokens["hf"], tokens["folded"]))
-        result |= {"hf_over_ours": ratio("hf", "folded"), "hf_same_tokens": same / n}
+    if vs:  # hf_over_ours is a ratio of times: above 1, ours is faster
+        result |= {"hf_over_ours": timings.speedup("hf", "folded"),
+                   "hf_same_tokens": sum(a == b for a, b in zip(tokens["hf"], tokens["folded"])) / n}
     if vs and compiled:
-        result["hf_over_compiled"] = ratio("hf", "compiled")
+        result["hf_over_compiled"] = timings.speedup("hf", "compiled")
     return result

@@ -1,8 +1,9 @@
 """One token of one row, as straight-line code over the folded weights.
 
-`LaVIN.decode` does the same for any number of rows, through the modules of llama.py. For a single row, most of its
-time goes into calling many small operations and into matrix-vector products that some CPUs read slowly. Here q, k
-and v come from one product, and `matvec` knows how to read a matrix quickly. A test holds the two equal.
+`LaVIN.decode` does the same for any number of rows, through the modules of llama.py. For a single row, most
+of its time goes into calling many small operations and into matrix-vector products that some CPUs read
+slowly. Here q, k and v come from one product, and `matvec` reads a matrix the fast way. A test checks that
+both give the same logits.
 
 Shapes: C width, H heads, D = C / H, S slots of the cache in use, V vocabulary.
 """
@@ -24,17 +25,18 @@ def amd() -> bool:
 
 
 def matvec(W: torch.Tensor, x: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
-    """W x + b; W [out, in], x [1, in] -> [1, out]. Its whole time is the reading of W from memory."""
+    """W x + b; W [out, in], x [1, in] -> [1, out]. Nearly all of its time is reading W from memory."""
     if W.device.type == "cpu" and torch.compiler.is_compiling():
-        # once compiled: one loop that reads W at four places at once, as fast as the memory delivers
+        # compiled, this is one loop that reads W at four places at once, at the speed of the memory
         y = torch.cat([(rows * x[0]).sum(-1) for rows in W.chunk(4)])[None]
         return y if b is None else y + b
-    if amd() and W.device.type == "cpu" and W.dtype == torch.float32 and W.shape[1] <= 2048 and W.numel() >= 2 ** 18 \
-            and W.shape[0] % 2 == 0:
-        # On AMD's CPUs, MKL's product with one vector reads 8 GB/s where the memory gives 22: a token of the small
-        # preset then takes 12.2 ms instead of 4.2. Two halves of W in one batched product take a faster path of MKL,
-        # but only if the vector is a [in, 1] column with strides (1, in), as the transpose of x is. A column made by
-        # x[0, :, None] has strides (1, 1) and is read slowly again. Intel's CPUs do not need this.
+    if amd() and W.device.type == "cpu" and W.dtype == torch.float32 and W.shape[0] % 2 == 0 \
+            and W.shape[1] <= 2048 and W.numel() >= 2 ** 18:
+        # On AMD's CPUs, MKL's product with one vector reads 8 GB/s where the memory gives 22: a token of the
+        # small preset then takes 12.2 ms instead of 4.2. Two halves of W in one batched product take a faster
+        # path of MKL, but only if the vector is a [in, 1] column with strides (1, in), as the transpose of x
+        # is. A column made by x[0, :, None] has strides (1, 1) and is read slowly again. Intel's CPUs do not
+        # need this.
         W, column = W.view(2, -1, W.shape[1]), x.t().expand(2, -1, -1)  # [2, in, 1]
         y = torch.bmm(W, column) if b is None else torch.baddbmm(b.view(2, -1, 1), W, column)
         return y.view(1, -1)
@@ -65,13 +67,19 @@ class Weights(NamedTuple):
         layers = [Layer(x.attention_norm.weight, *folded, x.attention.wo.weight, x.ffn_norm.weight,
                         *(w.weight for w in (x.feed_forward.w1, x.feed_forward.w3, x.feed_forward.w2)))
                   for x, folded in zip(model.llama.layers, model.folded[modality])]
-        return cls(model.llama.tok_embeddings.weight, layers, model.llama.norm.weight, model.llama.output.weight)
+        llama = model.llama
+        return cls(llama.tok_embeddings.weight, layers, llama.norm.weight, llama.output.weight)
 
 
 def rope_real(n: int, D: int, theta: float, device) -> torch.Tensor:
-    """[n, 2, D/2, 2]: (cos, cos) and (-sin, sin) of every position and pair. Compilers have no complex numbers."""
+    """[n, 2, D/2, 2]: (cos, cos) and (-sin, sin) of every position and pair, without complex numbers.
+
+    torch's compilers cannot handle complex numbers.
+    """
     rope = rope_table(torch.arange(n, device=device), D, theta)[:, 0]  # [n, D/2]
-    return torch.stack([torch.stack([rope.real, rope.real], -1), torch.stack([-rope.imag, rope.imag], -1)], dim=1)
+    cos = torch.stack([rope.real, rope.real], -1)  # [n, D/2, 2]
+    sin = torch.stack([-rope.imag, rope.imag], -1)
+    return torch.stack([cos, sin], dim=1)
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -86,7 +94,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """q [1, H, 1, D], k and v [1, H, S, D] -> [1, C]"""
-    if torch.compiler.is_compiling() and mask is None:  # written out: the compiler fuses it with what surrounds it
+    if torch.compiler.is_compiling() and mask is None:  # written out, so the compiler can fuse it
         p = (q.float() * q.shape[-1] ** -0.5 * k).sum(-1).softmax(-1)  # [1, H, S]
         y = (p[..., None] * v).sum(-2).type_as(v)  # [1, H, D]
     else:
@@ -94,11 +102,13 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     return y.reshape(1, -1)
 
 
-def one_token(weights: Weights, H: int, eps: float, token, position, rope, keys, values, mask=None) -> torch.Tensor:
+def one_token(weights: Weights, H: int, eps: float, token, position, rope, keys, values,
+              mask=None) -> torch.Tensor:
     """Logits [1, V] after `token` [1] at `position` [1].
 
-    rope [S, ..] of the slots to be read; keys, values: one [1, H, slots, D] per layer, written at `position`;
-    mask [1, S]: which slots are seen; None: all S
+    rope          `rope_real` of the S slots that are read
+    keys, values  one [1, H, slots, D] per layer; the new token is written at `position`
+    mask          [1, S], which slots the token sees; None: all S
     """
     S, rope = rope.shape[0], rope[position][0]
     x = weights.embeddings[token]  # [1, C]
@@ -127,8 +137,9 @@ class FastStep:
     def __call__(self, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
         if len(token) > 1:
             return self.model.decode(None, token, cache)
-        return self.run(self.weights[self.model.entered], token, cache.grow(), cache)
+        return self.run(self.weights[self.model.folded_for], token, cache.grow(), cache)
 
-    def run(self, weights: Weights, token: torch.Tensor, position: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        return one_token(weights, self.cfg.n_heads, self.cfg.norm_eps, token, position, self.rope[:cache.filled],
-                         cache.k, cache.v)
+    def run(self, weights: Weights, token: torch.Tensor, position: torch.Tensor,
+            cache: KVCache) -> torch.Tensor:
+        return one_token(weights, self.cfg.n_heads, self.cfg.norm_eps, token, position,
+                         self.rope[:cache.filled], cache.k, cache.v)

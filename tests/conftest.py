@@ -12,7 +12,7 @@ import torch
 
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer
-from data import Batch, Dropout, Example, Sample, collate
+from data import Batch, DropoutMasks, Example, Sample, collate
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 
@@ -58,7 +58,7 @@ def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0) -> Batch:
 def masks(rows, seeds, p: float = 0.5) -> dict[str, torch.Tensor]:
     """dropout's masks for rows of make_batch"""
     examples = [Example(None, HEAD, N_CLS * image, ids, 0) for ids, _, image in rows]
-    dropout = Dropout(p, 8, LLAMA.n_layers, CLIP.layers, 1 + (CLIP.image_size // CLIP.patch_size) ** 2)
+    dropout = DropoutMasks(p, 8, LLAMA.n_layers, CLIP.layers, 1 + (CLIP.image_size // CLIP.patch_size) ** 2)
     return dropout.masks(examples, [[seed] for seed in seeds])
 
 

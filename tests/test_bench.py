@@ -61,7 +61,7 @@ def test_the_table_equals_the_real_problems():
         pytest.skip("needs the real problems and LLaMA's tokenizer")
     samples = [s for split in ("train", "val", "test") for s in prompts.read_scienceqa(folder / "scienceqa", split)]
     examples, _ = data.encode_all(samples, Tokenizer(folder / "llama_tokenizer.model"), 6, 512)
-    real = Load.of([Kind(e.length, e.start, e.n_image > 0) for e in examples]).times(1 / len(examples))
+    real = Load.of([Kind(e.length, e.start, e.n_visual > 0) for e in examples]).times(1 / len(examples))
     table = Load.of(price.kinds()).times(1 / len(price.kinds()))
     assert all(a == pytest.approx(b, rel=0.01) for a, b in zip(real[:4], table[:4]))
 
@@ -205,7 +205,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
     assert "unknown --vs 'us'; known: hf" in message("--vs", "us")
     assert message("--steps", "0") == 2 and "--steps 0: expected a number of at least 1" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert "the package peft is not here; pip install transformers peft" in message("--preset", "tiny", "--vs", "hf")
+    assert "the package peft is missing; pip install transformers peft" in message("--preset", "tiny", "--vs", "hf")
     monkeypatch.setattr(bench.os, "sysconf", lambda name: 1000)
     assert "give --dtype bf16 or fewer --layers" in message("--preset", "7B", "--device", "cpu")
     assert message("memory", "--help") == 0
@@ -218,7 +218,7 @@ def test_dry_run_needs_no_weights(monkeypatch, capsys):
     peak = float(next(line for line in out.splitlines() if line.startswith("  peak")).split()[1])
     assert 36 < peak < 38.5
     saving, _ = run(monkeypatch, capsys, train.main, *flags, "--checkpoint")
-    assert "blocks again" in saving and "28." in saving
+    assert "recomputed blocks" in saving and "28." in saving
 
 
 def test_dry_run_prices_a_folder_on_its_own_data(monkeypatch, capsys, tmp_path):

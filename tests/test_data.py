@@ -35,8 +35,8 @@ def test_tokens_targets_and_slots(tmp_path):
     text = data.encode(sample(" one two", " three"), words, 3)
     one, two, three, four = words.encode("one two three four")
     (label,), na = words.encode("Image:"), words.encode("Image: N/A")
-    assert (with_picture.head, with_picture.n_image) == ([1, label], 3) and with_picture.rest == [one, two, three, four, 2]
-    assert (text.head, text.n_image, text.rest) == ([1, *na], 0, [one, two, three, 2])
+    assert (with_picture.head, with_picture.n_visual) == ([1, label], 3) and with_picture.rest == [one, two, three, four, 2]
+    assert (text.head, text.n_visual, text.rest) == ([1, *na], 0, [one, two, three, 2])
     assert (with_picture.length, with_picture.start, text.length, text.start) == (10, 7, 7, 5)
     batch = data.collate([with_picture, text], 4, "clip")
     assert batch.tokens.tolist() == with_picture.head + with_picture.rest + text.head + text.rest
@@ -126,6 +126,6 @@ def test_real_problems_with_the_real_tokenizer():
     assert 0.065 < (lengths > 512).float().mean() < 0.08
     assert 215 < sum(e.length - e.start for e in examples) / len(examples) < 225
     assert 0.4 < sum(s.image is not None for s in samples) / len(samples) < 0.6
-    with_picture = next(e for e in examples if e.n_image)
-    assert with_picture.head == [1, 7084, 29901, 29871] and with_picture.n_image == 6
-    assert next(e for e in examples if not e.n_image).head == [1, 7084, 29901, 405, 29914, 29909]
+    with_picture = next(e for e in examples if e.n_visual)
+    assert with_picture.head == [1, 7084, 29901, 29871] and with_picture.n_visual == 6
+    assert next(e for e in examples if not e.n_visual).head == [1, 7084, 29901, 405, 29914, 29909]

@@ -37,9 +37,9 @@ def test_eq2_eq3_mm_adapter_and_router():
 
 def test_eq1_modality_token_picks_a_row_of_the_modality_embedding(lavin):
     with torch.no_grad():
-        w = lavin.routing()  # [L, 2, 2]
+        w = lavin.routing_weights()  # [L, 2, 2]
         lavin.adapter_modality_embedding.weight[1] += 1
-        moved = lavin.routing()
+        moved = lavin.routing_weights()
     assert not torch.equal(w[:, 0], w[:, 1])
     assert torch.equal(w[:, 0], moved[:, 0]) and not torch.equal(w[:, 1], moved[:, 1])
 
@@ -75,7 +75,7 @@ def test_eq7_eq8_logits_with_the_modality_token_in_the_sequence(routing):
     """The modality token as its own stream, and samples packed end to end: both change nothing."""
     model, batch = make_lavin(vit_routing=routing, tau=3.0, scale=0.8), make_batch(ROWS)
     with torch.no_grad():
-        w = model.routing()
+        w = model.routing_weights()
         logits = all_logits(model, batch)
     for row, (expected, routed) in enumerate(naive_logits(model, batch)):
         assert close(logits[row], expected)

@@ -82,8 +82,8 @@ def test_batches_mix_text_and_pictures_at_random(world):
     for source in prompts.mixture(f"alpaca:{world}/alpaca_data.json,coco:{world}/coco,scienceqa:{world}/s"):
         examples += data.encode_all(source.read(), tokenizer, 6, 200)[0]
     steps = data.Steps(examples, 8, 8, 0, 1, 0, 64, "clip")
-    assert 18 <= sum(e.n_image > 0 for e in examples) <= len(examples) - 18
-    batches = [[examples[i].n_image > 0 for i in steps.chosen(k)] for k in range(4 * steps.per_epoch)]
+    assert 18 <= sum(e.n_visual > 0 for e in examples) <= len(examples) - 18
+    batches = [[examples[i].n_visual > 0 for i in steps.chosen(k)] for k in range(4 * steps.per_epoch)]
     assert np.mean([len(set(pictures)) == 2 for pictures in batches if len(pictures) == 8]) > 0.9
     batch, = steps[0][0]
     assert set(batch.modality) == {0, 1} and len(batch.image_index) == sum(batches[0])
@@ -154,7 +154,7 @@ def test_truthfulqa_equals_a_naive_recomputation(run, world, tmp_path, folded):
     found = json.loads(run("truthfulqa", "--data", world / "mc_task.json", "--out", tmp_path / "t.jsonl", "--json")[0])
     written = scores.read_predictions(tmp_path / "t.jsonl")
     model, tokenizer = folded
-    model.enter(lavin.TEXT)
+    model.use_folded(lavin.TEXT)
     mc1, mc2 = [], []
     for i, q in enumerate(json.loads((world / "mc_task.json").read_text())):
         p = {}
@@ -230,6 +230,25 @@ def test_a_killed_run_goes_on(run, world, tmp_path, monkeypatch):
     run(*argv)
 
 
+def test_a_run_does_not_resume_on_other_questions(run, tmp_path):
+    """in the same folder: other prompts, then another image name; the number of questions is the same"""
+    argv = ("scienceqa", "--data", published.scienceqa(tmp_path / "s", {"test": 3}), "--out", tmp_path / "p.jsonl")
+    run(*argv)
+    kept = (tmp_path / "p.jsonl").read_text()
+    file = tmp_path / "s/problems.json"
+    original = file.read_text()
+    id, problem = next((id, p) for id, p in json.loads(original).items() if p["image"])
+    image = file.parent / "images/test" / id / problem["image"]
+    image.with_name("other.png").write_bytes(image.read_bytes())
+    for change in ({"hint": "Look again."}, {"image": "other.png"}):
+        published.put(file, {**json.loads(original), id: {**problem, **change}})
+        with pytest.raises(ValueError, match=r"of another run \(questions 3:\w+, now 3:\w+\)"):
+            run(*argv)
+    assert (tmp_path / "p.jsonl").read_text() == kept
+    file.write_text(original)
+    run(*argv)  # the same questions again
+
+
 def test_two_processes_write_what_one_writes(run, world, tmp_path):
     found = run("mme", "--data", world / "mme", "--out", tmp_path / "one", "--json")[0]
     whole = (tmp_path / "one/predictions.jsonl").read_text().splitlines(keepends=True)
@@ -276,8 +295,10 @@ def test_mistakes_are_one_line(run, world, tmp_path):
     another = "p.jsonl: holds the predictions of another run ({}, now {}); give another --out, or delete it"
     assert another.format("seed 0", 1) in message(*small, "--seed", 1, "--out", p)
     assert another.format("command scienceqa", "coco") in message("coco", "--data", world / "coco", "--out", p)
+    assert another.format("dtype float32", "bfloat16") in message(*small, "--dtype", "bf16", "--out", p)
+    assert another.format("stop_at_letter True", False) in message(*small, "--no-stop_at_letter", "--out", p)
     (tmp_path / "notes.jsonl").write_text("my notes")
-    assert "is not the predictions of an earlier run" in message(*small, "--out", tmp_path / "notes.jsonl")
+    assert "is not a file of predictions" in message(*small, "--out", tmp_path / "notes.jsonl")
     assert "name that ends in .jsonl" in message(*small, "--out", tmp_path / "p.json")
     assert p.read_text() == kept and (tmp_path / "notes.jsonl").read_text() == "my notes"
     published.scienceqa(tmp_path / "s", {"test": 4, "val": 0})

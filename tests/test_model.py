@@ -51,7 +51,7 @@ def test_identity_at_init(kind):
     ids, images = torch.randint(0, LLAMA.vocab_size, (3, 9)), torch.randn(2, 3, 16, 16)
     bare, bare_cls = base.output(base(ids)), vit(images)
     model = LaVIN(base, vit, LaVINConfig(AdapterConfig(kind))).eval()
-    w = model.routing()
+    w = model.routing_weights()
     w = None if w is None else w[:, [0, 1, 0], None]
     assert torch.equal(model.llama.output(model.llama(ids, w)), bare)
     assert torch.equal(model.vit(images), bare_cls)
@@ -135,13 +135,13 @@ def test_folded_equals_unfolded(kind):
     assert all(layer.adapter_attn is None for layer in folded.llama.layers)
     for rows in ([r for r in ROWS if r[2]], [r for r in ROWS if not r[2]]):
         batch = make_batch(rows)
-        folded.enter(int(rows[0][2]))
+        folded.use_folded(int(rows[0][2]))
         with torch.no_grad():
             assert all(close(a, b) for a, b in zip(all_logits(folded, batch), all_logits(model, batch)))
         prompts = make_batch([(ids, 0, picture) for ids, _, picture in rows])
         answers = [m.generate(prompts, 12, eos=2, temperature=0.0) for m in (folded, model)]
         assert answers[0] == answers[1]
-    with pytest.raises(ValueError, match="fold for both"):
+    with pytest.raises(ValueError, match="call fold\\(TEXT, IMAGE\\)"):
         make_lavin().fold(0).generate(make_batch([ROWS[0]]), 2, eos=2)
 
 
@@ -160,7 +160,7 @@ def test_the_fast_step_equals_decode(dtype):
     fast = step.FastStep(model.fold(0, 1))
     for row in PROMPTS[:3]:
         batch = make_batch([row])
-        model.enter(batch.modality[0])
+        model.use_folded(batch.modality[0])
         with torch.inference_mode():
             caches = [model.prefill(batch, room=8)[1] for _ in range(2)]
             for t in range(8):
@@ -276,8 +276,8 @@ def test_dropout_scales_what_survives():
         if name.endswith("adapter_attn.phi_d"):
             module.register_forward_hook(lambda module, args, h: 2 * h)
     with torch.no_grad():
-        w = model.routing()
-        hooked.routing = lambda: w  # there is no dropout where the routing weights are made
+        w = model.routing_weights()
+        hooked.routing_weights = lambda: w  # there is no dropout where the routing weights are made
         assert close(model(batch._replace(**keep)), hooked(batch))
 
 
@@ -287,7 +287,7 @@ def test_a_compiled_step_is_the_step(lavin):
     compiled = compiling.compile_step(lavin.fold(0, 1))
     for row, modality in ((PROMPTS[0], 1), (PROMPTS[1], 0), (PROMPTS[2], 1)):
         batch = make_batch([row])
-        lavin.enter(modality)
+        lavin.use_folded(modality)
         with torch.inference_mode():
             caches = [lavin.prefill(batch, room=30)[1] for _ in range(2)]
             for t in range(8):

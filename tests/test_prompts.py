@@ -29,6 +29,8 @@ def test_prompt_and_response_formats(tmp_path):
     assert sample.image == tmp_path / "images/train/5/image.png" and sample.problem["subject"] == "natural science"
     assert build_prompt("Q?", "", ["x", "y"], "CQM-A") == "Context: N/A\nQuestion: Q?\nOptions: (A) x (B) y\nResponse:"
     assert build_prompt("Q?", "", [], "QCM-A") == "Question: Q?\nContext: N/A\nResponse:"
+    with pytest.raises(ValueError, match=r"the question has 6 options; at most 5 are possible, \(A\) to \(E\)"):
+        build_prompt("Q?", "", list("uvwxyz"))
     bare = {**PROBLEM, "lecture": "", "solution": ""}
     assert build_response(bare, "QCM-ALE") == "The answer is B."
     lecture, solution = "Some things\\nare red.", "A rose is red."
