@@ -197,7 +197,7 @@ class Contrast(nn.Module):
         self.early_weight = cfg.early
 
     def contrast(self, view: torch.Tensor, captions: list) -> tuple:
-        """CLIP's loss and the share of pictures matched. view [B, dim]; captions: B right, then wrong ones."""
+        """CLIP's loss, share of pictures matched. view [B, dim]; captions: B right, then wrong ones."""
         B = len(view)
         unique = list(dict.fromkeys(captions))                           # equal captions count once
         index = {c: i for i, c in enumerate(unique)}
