@@ -98,6 +98,9 @@ def close(a, b, tol: float = 1e-5) -> bool:
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item() < tol
 
 
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 def real_problems() -> list[Sample]:
     """the real ScienceQA problems, of all splits"""
     splits = "train", "val", "test"
