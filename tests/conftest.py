@@ -1,35 +1,39 @@
-"""Small random models, and a small world on disk, for every test. All in float32 on the CPU, offline."""
+"""What several test files share: small random models in float32, batches for them, and helpers."""
 import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and two processes share two cores in places
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and some tests start two processes
 
 import pytest
 import torch
 
+import cli
+import prompts
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer
 from data import Batch, DropoutMasks, Example, Sample, collate
+from evaluation import scores
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 
 LLAMA = LLaMAConfig(dim=32, n_layers=3, n_heads=4, ffn_dim=48, vocab_size=61, norm_eps=1e-5, max_seq_len=64)
 CLIP = CLIPConfig(image_size=16, patch_size=4, width=24, layers=4, heads=3, cls_every=2)
 N_CLS = 2
+REAL = ROOT.parent / "shared/data"  # real ScienceQA problems and LLaMA's tokenizer, if available
 
 
 def randomize(model: torch.nn.Module, std: float = 0.3) -> None:
-    """no parameter at its initial value: zeros and ones hide mistakes"""
+    """move every parameter away from its initial value, because zeros and ones hide mistakes"""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * std / max(1, p.shape[-1]) ** 0.5)
 
 
 def make_lavin(seed: int = 0, trained: bool = True, **cfg) -> LaVIN:
-    """a random LaVIN; `trained`: with adapters away from their start at the identity"""
+    """a random LaVIN; `trained`: its adapters are not the identity"""
     torch.manual_seed(seed)
     adapter = AdapterConfig(**{k: cfg.pop(k) for k in ("kind", "dim", "scale", "tau", "dropout") if k in cfg})
     llama, vit = LLaMA(LLAMA), VisionTransformer(CLIP)
@@ -42,28 +46,33 @@ def make_lavin(seed: int = 0, trained: bool = True, **cfg) -> LaVIN:
     return model.eval()
 
 
-HEAD = [1, 7]  # stands for [BOS] "Image: "
+HEAD = [1, 7]  # in place of [BOS] "Image: "
 
 
 def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0) -> Batch:
     """rows of (ids after the head, how many of them are response, whether there is an image)"""
-    examples = [Example(Sample("", "", "", None, {}), HEAD, N_CLS * image, ids, len(ids) - n) for ids, n, image in rows]
-    # each row's image depends on its ids alone, so that a row can be compared with itself in another batch
-    images = [torch.randn(3, CLIP.image_size, CLIP.image_size, generator=torch.Generator().manual_seed(seed + sum(ids)))
-              for ids, _, image in rows if image]
-    batch = collate(examples, CLIP.image_size, "clip", image_embeds=torch.zeros(0))._replace(image_embeds=None)
-    return batch._replace(images=torch.stack(images), image_index=torch.arange(len(images))) if images else batch
+    examples = [Example(Sample("", "", "", None, {}), HEAD, N_CLS * image, ids, len(ids) - n)
+                for ids, n, image in rows]
+    # each row's image depends only on its ids, so that a row can be compared with itself in another batch
+    seeds = [seed + sum(ids) for ids, _, image in rows if image]
+    images = [torch.randn(3, CLIP.image_size, CLIP.image_size, generator=torch.Generator().manual_seed(s))
+              for s in seeds]
+    batch = collate(examples, CLIP.image_size, "clip", image_embeds=torch.zeros(0))
+    batch = batch._replace(image_embeds=None)
+    if not images:
+        return batch
+    return batch._replace(images=torch.stack(images), image_index=torch.arange(len(images)))
 
 
 def masks(rows, seeds, p: float = 0.5) -> dict[str, torch.Tensor]:
-    """dropout's masks for rows of make_batch"""
+    """the dropout masks for rows of make_batch"""
     examples = [Example(None, HEAD, N_CLS * image, ids, 0) for ids, _, image in rows]
     dropout = DropoutMasks(p, 8, LLAMA.n_layers, CLIP.layers, 1 + (CLIP.image_size // CLIP.patch_size) ** 2)
-    return dropout.masks(examples, [[seed] for seed in seeds])
+    return dropout.draw(examples, [[seed] for seed in seeds])
 
 
 def ids_of(row) -> list[int]:
-    """a row's tokens, zeros where X' goes"""
+    """a row's tokens, with zeros in the image slot"""
     return HEAD + [0] * N_CLS * row[2] + row[0]
 
 
@@ -83,7 +92,39 @@ def lavin():
 
 
 def close(a, b, tol: float = 1e-5) -> bool:
-    """relative to the reference b, over the whole tensor"""
+    """whether the norm of a - b is below tol times the norm of the reference b"""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     assert a.shape == b.shape, f"{a.shape} is not {b.shape}"
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item() < tol
+
+
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def real_problems() -> list[Sample]:
+    """the real ScienceQA problems, of all splits"""
+    splits = "train", "val", "test"
+    return [s for split in splits for s in prompts.read_scienceqa(REAL / "scienceqa", split)]
+
+
+def run_main(monkeypatch, main, *argv) -> None:
+    """run a command in this process"""
+    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, argv)])
+    cli.run(main)
+
+
+def one_line(call, *args, **kw) -> str:
+    """the message of the error that `call` raises; it must be a single line"""
+    with pytest.raises((ValueError, OSError)) as e:
+        call(*args, **kw)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def needs_caption_tools() -> None:
+    """skip the test unless the COCO caption library and Java are installed"""
+    pytest.importorskip("pycocoevalcap", reason="the COCO caption library is not installed")
+    try:
+        scores.caption_tools()
+    except ValueError as e:
+        pytest.skip(str(e))

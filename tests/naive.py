@@ -1,6 +1,6 @@
-"""LaVIN once more, slowly: numpy, float64, one sample at a time, the modality token standing in the sequence.
+"""A naive LaVIN: numpy, float64, one sample at a time, with the modality token in the sequence.
 
-Nothing here is shared with the code under test. `p` is a dict of its parameters, as numpy arrays.
+It shares no code with the model under test. `p` is a dict of the model's parameters, as numpy arrays.
 """
 import numpy as np
 
@@ -23,7 +23,7 @@ def silu(x):
 
 
 def rep_adapter(z, down, down_b, up, up_b):
-    """phi_u(phi_d(z)), the grouped projection written as two separate ones"""
+    """phi_u(phi_d(z)), with the grouped projection written as two separate ones"""
     h, r, d = z @ down.T + down_b, down.shape[0], up.shape[0]
     first = h[..., : r // 2] @ up[: d // 2].T
     second = h[..., r // 2:] @ up[d // 2:].T
@@ -32,12 +32,13 @@ def rep_adapter(z, down, down_b, up, up_b):
 
 def mm_adapter(z, w, p, s):
     """Eq. (2) and the first line of Eq. (3); w [2] or [T, 2]"""
-    f = [rep_adapter(z, p["phi_d.weight"], p["phi_d.bias"], p[f"phi_u{i}.weight"], p[f"phi_u{i}.bias"]) for i in (1, 2)]
+    f = [rep_adapter(z, p["phi_d.weight"], p["phi_d.bias"], p[f"phi_u{i}.weight"], p[f"phi_u{i}.bias"])
+         for i in (1, 2)]
     return z + s * (w[..., :1] * f[0] + w[..., 1:] * f[1])
 
 
 def route(t, p, tau):
-    """second line of Eq. (3)"""
+    """the second line of Eq. (3)"""
     return softmax((t @ p["f_w.weight"].T + p["f_w.bias"]) / tau)
 
 
@@ -50,7 +51,7 @@ def layer_norm(x, weight, bias):
 
 
 def rotary(x, theta):
-    """x [T, D]: position t turns the pair (2i, 2i + 1), a complex number, by t theta^(-2i / D)"""
+    """x [T, D]: position t rotates the pair (2i, 2i + 1), a complex number, by t theta^(-2i / D)"""
     T, D = x.shape
     angle = np.arange(T)[:, None] * theta ** (-np.arange(0, D, 2) / D)
     turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * angle)
@@ -71,7 +72,8 @@ def attention(q, k, v, heads, visible):
 def llama(z, p, cfg, acfg=None, token=False):
     """z [T, C] -> (hidden states after the last norm, routing weights of each layer).
 
-    token: z[0] is the modality token: it sees itself alone, nobody sees it, and each layer's router reads it.
+    token: z[0] is the modality token. It attends only to itself, no other position attends to it, and the
+    router of each layer reads it.
     """
     T = len(z)
     visible = np.tril(np.ones((T, T), bool))
@@ -97,7 +99,7 @@ def llama(z, p, cfg, acfg=None, token=False):
 
 
 def vit(image, p, cfg, acfg=None, routing="cls"):
-    """image [3, H, W] -> [n, width], the [cls] token after every cls_every blocks"""
+    """image [3, H, W] -> [n, width], the [cls] token after every cls_every-th block"""
     n, s = cfg.image_size // cfg.patch_size, cfg.patch_size
     patches = [image[:, y * s:(y + 1) * s, x * s:(x + 1) * s].ravel() for y in range(n) for x in range(n)]
     x = np.stack(patches) @ p["conv1.weight"].reshape(cfg.width, -1).T
@@ -127,7 +129,7 @@ def neck(x, p):
 
 
 def sequence(ids, image, slot, p, model_cfg, clip_cfg):
-    """Eqs. (1) and (7): Z = [t_m, X', Y], X' standing where the text leaves room for it"""
+    """Eqs. (1) and (7): Z = [t_m, X', Y]; X' replaces the embeddings from index slot on"""
     m = np.array([0.0, 1.0]) if image is not None else np.array([1.0, 0.0])
     t_m = m @ p["adapter_modality_embedding.weight"]
     z = p["llama.tok_embeddings.weight"][ids]

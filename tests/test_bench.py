@@ -1,4 +1,4 @@
-"""What price.py predicts is what happens, and bench.py runs. No test asserts a time."""
+"""price.py predicts what torch counts and measures, and bench.py runs. No test asserts a time."""
 import json
 import sys
 from dataclasses import replace
@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT
+from conftest import REAL, ROOT, real_problems, run_main
 
-import cli
 import data
 import llama
-import prompts
 import train
 from adapters import AdapterConfig, trainable
 from clip import VisionTransformer
@@ -48,25 +46,24 @@ def on_meta(preset: str) -> LaVIN:
 # ---------------------------------------------------------------------------------------------------
 # the table of lengths
 
-def test_the_table_is_scienceqas():
+def test_the_table_of_lengths_has_the_mean_lengths_of_scienceqa():
     lengths, prompt_lengths, pictures = np.array(price.kinds()).T
-    assert len(lengths) == 80 and pictures.mean() == 0.5 and lengths.max() == 512 and (prompt_lengths < lengths).all()
+    assert len(lengths) == 80 and pictures.mean() == 0.5 and lengths.max() == 512
+    assert (prompt_lengths < lengths).all()
     assert round(lengths.mean()) == 303 and round((lengths - prompt_lengths).mean()) == 215
     assert all(k.length <= 192 and k.prompt < 192 for k in price.kinds(192)) and len(price.kinds(192)) > 60
 
 
-def test_the_table_equals_the_real_problems():
-    folder = ROOT.parent / "shared/data"
-    if not folder.is_dir():
-        pytest.skip("needs the real problems and LLaMA's tokenizer")
-    samples = [s for split in ("train", "val", "test") for s in prompts.read_scienceqa(folder / "scienceqa", split)]
-    examples, _ = data.encode_all(samples, Tokenizer(folder / "llama_tokenizer.model"), 6, 512)
+def test_the_table_of_lengths_agrees_with_the_real_problems():
+    if not REAL.is_dir():
+        pytest.skip("the real problems and LLaMA's tokenizer are not in ../shared/data")
+    examples, _ = data.encode_all(real_problems(), Tokenizer(REAL / "llama_tokenizer.model"), 6, 512)
     real = Load.of([Kind(e.length, e.start, e.n_visual > 0) for e in examples]).times(1 / len(examples))
     table = Load.of(price.kinds()).times(1 / len(price.kinds()))
     assert all(a == pytest.approx(b, rel=0.01) for a, b in zip(real[:4], table[:4]))
 
 
-def test_eight_ranks_carry_the_same_load():
+def test_eight_ranks_carry_nearly_equal_loads():
     assert price.balance(ranks=8, batch_size=32) <= 1.05
 
 
@@ -77,37 +74,39 @@ def test_eight_ranks_carry_the_same_load():
                                     {"adapter": AdapterConfig("rep")}],
                          ids=lambda choice: "-".join(choice) or "whole")
 def test_flop_formula_equals_torchs_counter(choice):
-    """Recomputed products, the routers, the neck, and attention as the counter sees it."""
+    """The formula covers recomputed products, the routers, the neck, and attention as the counter sees it."""
     ours = tiny(**choice)
     problems = [p._replace(picture=p.picture and ours.model.vit is not None) for p in PROBLEMS]
     batch, load = ours.batch(problems), Load.of(problems)
-    load = load._replace(pictures=len(batch.images) if batch.keep_vit is None and load.pictures else load.pictures)
+    if batch.keep_vit is None and load.pictures:
+        load = load._replace(pictures=len(batch.images))
     formula = price.flops(ours.model, load, choice.get("checkpoint", False), in_full=True)
     counted = bench.counted_flops(lambda: ours.model(batch).backward())
     assert counted == pytest.approx(sum(formula.values()), rel=2e-3)
 
 
-def test_hardly_a_flop_is_not_useful():
-    """Nothing is padded, and what is worked out again is small."""
+def test_nearly_all_flops_are_useful():
+    """There is no padding, and little is recomputed."""
     for preset, floor in (("7B", 4 * 6.476e9), ("13B", 4 * 12.688e9)):
         load = Load.of(price.kinds(), forwards=len(price.kinds()) / 4)
         lines = price.flops(on_meta(preset), load)
         assert lines["LLaMA"] / load.tokens == pytest.approx(floor, rel=1e-3)
         assert 1 < sum(lines.values()) / price.useful(lines) <= 1.02
-    assert lines["pictures"] / load.pictures == pytest.approx(0.333e12, rel=0.01)  # ViT-L/14, forward and backward
+    # ViT-L/14, forward and backward
+    assert lines["pictures"] / load.pictures == pytest.approx(0.333e12, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------
 # memory
 
-def test_a_7b_block_keeps_at_most_95_kb_of_a_token():
-    """The floor is 93.3; without one of the recomputed regions it would be 102, 111 or 116."""
+def test_a_7b_block_saves_at_most_95_kb_per_token():
+    """The minimum is 93.3 kB. Without one of the recomputed regions it would be 102, 111 or 116 kB."""
     assert 93_000 < bench.block_bytes(llama.PRESETS["7B"], torch.bfloat16, CPU, lengths=(200, 56)) <= 95_000
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_predicted_memory_is_measured_memory(dtype, checkpoint):
+def test_predicted_memory_equals_measured_memory(dtype, checkpoint):
     ours = tiny(dtype, checkpoint)
     batch = ours.batch(PROBLEMS)
     ours.step([batch])
@@ -143,22 +142,34 @@ def test_checkpointing_changes_no_gradient():
 # ---------------------------------------------------------------------------------------------------
 # commands
 
-def run(monkeypatch, capsys, main, *argv: str) -> tuple[str, str]:
-    monkeypatch.setattr(sys, "argv", ["x.py", *argv])
-    cli.run(main)
-    return capsys.readouterr()
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run a command -> (stdout, stderr)"""
+    def call(main, *argv):
+        run_main(monkeypatch, main, *argv)
+        return capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def run_bench(run, monkeypatch):
+    """run bench.py on the tiny preset -> (stdout, stderr)"""
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)  # measuring the peak takes long
+    flags = "--preset", "tiny", "--device", "cpu", "--steps", 1
+    return lambda command, *argv: run(bench.main, command, *flags, *argv)
 
 
 @pytest.mark.parametrize("command, keys", [
-    ("train", {"tokens_per_s", "samples_per_s", "utilisation", "matmul_tflop_per_s", "flops_over_useful", "peak_gb",
-               "predicted_peak_gb", "slowest_over_mean_rank", "recipe_hours_here", "recipe_hours_8_a100_projected"}),
-    ("decode", {"prefill_tokens_per_s", "tokens_per_s", "mb_per_token", "gb_per_s", "memory_gb_per_s", "utilisation",
-                "bare_ms_per_token", "folded_ms_per_token", "unfolded_ms_per_token", "folded_over_bare", "unfolded_over_bare"}),
-    ("memory", {"block_kb_per_token", "held_mb", "saved_mb", "predicted_saved_mb", "peak_mb", "predicted_peak_mb"})])
-def test_bench_ends_with_one_line_of_json(monkeypatch, capsys, command, keys):
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)  # a large product takes a while on a small machine
-    out, err = run(monkeypatch, capsys, bench.main, command, "--preset", "tiny", "--device", "cpu", "--batch_size", "2",
-                   "--micro_batch", "2", "--burn_in", "0", "--steps", "1", "--new_tokens", "3")
+    ("train", {"tokens_per_s", "samples_per_s", "utilisation", "matmul_tflop_per_s", "flops_over_useful",
+               "peak_gb", "predicted_peak_gb", "slowest_over_mean_rank", "recipe_hours_here",
+               "recipe_hours_8_a100_projected"}),
+    ("decode", {"prefill_tokens_per_s", "tokens_per_s", "mb_per_token", "gb_per_s", "memory_gb_per_s",
+                "utilisation", "bare_ms_per_token", "folded_ms_per_token", "unfolded_ms_per_token",
+                "folded_over_bare", "unfolded_over_bare"}),
+    ("memory", {"block_kb_per_token", "held_mb", "saved_mb", "predicted_saved_mb", "peak_mb",
+                "predicted_peak_mb"})])
+def test_bench_ends_with_one_line_of_json(run_bench, command, keys):
+    out, _ = run_bench(command, "--batch_size", 2, "--micro_batch", 2, "--burn_in", 0, "--new_tokens", 3)
     result = json.loads(out)  # nothing else is on stdout
     assert keys <= result.keys() and result["command"] == command and all(result[key] > 0 for key in keys)
     if command == "train":
@@ -166,63 +177,69 @@ def test_bench_ends_with_one_line_of_json(monkeypatch, capsys, command, keys):
         assert result["peak_gb"] == pytest.approx(result["predicted_peak_gb"], rel=0.05)
 
 
-def test_hugging_face_takes_the_same_steps(monkeypatch, capsys):
+def models_of(err: str, unit: str) -> list[str]:
+    """which model took each timed step or answer, in order"""
+    return [line.split()[2] for line in err.splitlines() if line.startswith(unit)]
+
+
+def test_bench_train_alternates_ours_and_hugging_face(run_bench):
     pytest.importorskip("transformers"), pytest.importorskip("peft")
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
-    out, err = run(monkeypatch, capsys, bench.main, "train", "--preset", "tiny", "--vs", "hf", "--device", "cpu",
-                   "--batch_size", "2", "--micro_batch", "2", "--burn_in", "1", "--steps", "1")
+    out, err = run_bench("train", "--vs", "hf", "--batch_size", 2, "--micro_batch", 2, "--burn_in", 1)
     result = json.loads(out)
-    assert result["hf_over_ours"] > 0 and result["micro_batch_flops"] == pytest.approx(result["micro_batch_flops_torch"], rel=2e-3)
-    assert [line.split()[2] for line in err.splitlines() if line.startswith("step ")] == ["ours:", "hf:"] * 2  # in turn
+    assert result["hf_over_ours"] > 0
+    assert result["micro_batch_flops"] == pytest.approx(result["micro_batch_flops_torch"], rel=2e-3)
+    assert models_of(err, "step ") == ["ours:", "hf:"] * 2
 
 
-def test_hugging_face_gives_the_same_answer(monkeypatch, capsys):
-    """the folded weights in its modules; picture and prompt go in as embeddings"""
+def test_hugging_face_gives_the_same_answer(run_bench):
+    """Hugging Face's modules hold the folded weights; picture and prompt go in as embeddings."""
     pytest.importorskip("transformers")
-    out, err = run(monkeypatch, capsys, bench.main, "decode", "--preset", "tiny", "--vs", "hf", "--device", "cpu",
-                   "--burn_in", "1", "--steps", "1", "--new_tokens", "20")
+    out, err = run_bench("decode", "--vs", "hf", "--burn_in", 1, "--new_tokens", 20)
     result = json.loads(out)
     assert result["hf_same_tokens"] == 1 and result["hf_over_ours"] > 0 and result["hf_ms_per_token"] > 0
-    assert [line.split()[2] for line in err.splitlines() if line.startswith("answer ")] == ["bare:", "unfolded:", "folded:", "hf:"] * 2
+    assert models_of(err, "answer ") == ["bare:", "unfolded:", "folded:", "hf:"] * 2
 
 
-def test_bytes_of_a_token():
+def test_bytes_read_per_token():
     model = on_meta("7B")
     read = machine.bytes_per_token(model.llama.bfloat16(), 100)
     adapters_too = 2 * sum(p.numel() for n, p in trainable(model.llama).items())
     assert read == 2 * (6_738_415_616 - 32_000 * 4096 + 2 * 100 * 32 * 4096) + adapters_too
 
 
-def test_mistakes_are_one_line(monkeypatch, capsys):
+def test_mistakes_are_one_line(run, monkeypatch, capsys):
     def message(*argv):
         with pytest.raises(SystemExit) as e:
-            run(monkeypatch, capsys, bench.main, *argv)
+            run(bench.main, *argv)
         assert "\n" not in str(e.value.code)
         return e.value.code
 
     assert "unknown command 'fly'; known: train, decode, memory" in message("fly")
     assert "unknown --preset '9B'; known: tiny, small, 7B, 13B" in message("train", "--preset", "9B")
     assert "unknown --vs 'us'; known: hf" in message("--vs", "us")
-    assert message("--steps", "0") == 2 and "--steps 0: expected a number of at least 1" in capsys.readouterr().err
+    assert message("--steps", "0") == 2
+    assert "--steps 0: expected a number of at least 1" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert "the package peft is missing; pip install transformers peft" in message("--preset", "tiny", "--vs", "hf")
+    told = message("--preset", "tiny", "--vs", "hf")
+    assert "the package peft is missing; pip install transformers peft" in told
     monkeypatch.setattr(bench.os, "sysconf", lambda name: 1000)
     assert "give --dtype bf16 or fewer --layers" in message("--preset", "7B", "--device", "cpu")
     assert message("memory", "--help") == 0
 
 
-def test_dry_run_needs_no_weights(monkeypatch, capsys):
+def test_dry_run_needs_no_weights(run):
     flags = "--dry_run", "--recipe", "paper", "--llama", "13B", "--clip", "ViT-L/14"
-    out, _ = run(monkeypatch, capsys, train.main, *flags)
-    assert "5,390,080 train" in out and "20 x 12,726 problems as in ScienceQA" in out and "stated, not measured" in out
+    out, _ = run(train.main, *flags)
+    assert "5,390,080 train" in out and "20 x 12,726 problems as in ScienceQA" in out
+    assert "stated, not measured" in out
     peak = float(next(line for line in out.splitlines() if line.startswith("  peak")).split()[1])
     assert 36 < peak < 38.5
-    saving, _ = run(monkeypatch, capsys, train.main, *flags, "--checkpoint")
+    saving, _ = run(train.main, *flags, "--checkpoint")
     assert "recomputed blocks" in saving and "28." in saving
 
 
-def test_dry_run_prices_a_folder_on_its_own_data(monkeypatch, capsys, tmp_path):
+def test_dry_run_prices_a_folder_on_its_own_data(run, tmp_path):
     world.write(tmp_path, seed=5, sizes={"test": 4, "val": 4, "train": 12})
-    here = ["--llama", str(ROOT / "tiny/llama"), "--clip", str(ROOT / "tiny/clip"), "--data", str(tmp_path)]
-    out, _ = run(monkeypatch, capsys, train.main, "--dry_run", *here)
+    out, _ = run(train.main, "--dry_run", "--llama", ROOT / "tiny/llama", "--clip", ROOT / "tiny/clip",
+                 "--data", tmp_path)
     assert "58,980 train" in out and f"1 x 12 problems as in {tmp_path}" in out

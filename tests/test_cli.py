@@ -1,4 +1,4 @@
-"""Flags from dataclasses: their ranges, their help, and each mistake as one line with exit status 2."""
+"""Flags from dataclasses: their ranges and their help; each mistake is one line with exit status 2."""
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def test_numbers_out_of_range(capsys, name, values, expected):
 @pytest.mark.parametrize("name, text", [
     ("batch_size", ""), ("batch_size", "many"), ("batch_size", "1.5"), ("batch_size", "inf"), ("lr", ""),
     ("lr", "fast")])
-def test_words_are_no_numbers(capsys, name, text):
+def test_words_are_not_numbers(capsys, name, text):
     kind = type(getattr(Config, name)).__name__
     assert refused(capsys, f"--{name}", text) == f"argument --{name}: invalid {kind} value: {text!r}"
     assert "expected one argument" in refused(capsys, f"--{name}")
@@ -104,7 +104,7 @@ def test_a_preset_is_checked_like_a_flag(capsys):
     assert math.isnan(dataclasses.replace(Config(), lr=math.nan).lr)  # only parse() checks
 
 
-def test_a_malformed_range_is_our_mistake():
+def test_a_malformed_range_is_a_failed_assertion():
     assert cli.out_of_range(3, "any comment with [brackets] inside") == ""
     for comment in ("[0, 1 dropout", "(0 1] dropout", "[zero, 1] dropout", "[0,1] dropout"):
         with pytest.raises(AssertionError, match="declare a range like"):
@@ -151,7 +151,7 @@ def test_the_ranges_of_evaluate(capsys, argv, expected):
     assert refused(capsys, "--limit", "-1", config=evaluate.TruthfulQA).startswith("--limit -1: expected")
 
 
-def test_a_mistake_is_one_line_whatever_it_quotes(monkeypatch):
+def test_a_mistake_is_one_line_even_if_it_quotes_line_breaks(monkeypatch):
     def main():
         raise ValueError("a.json: no field 'x\ny'\u2028z")
     monkeypatch.setattr("sys.argv", ["some/train.py"])

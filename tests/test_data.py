@@ -1,16 +1,14 @@
-"""Token layout, batches and their order."""
+"""The layout of tokens, the batches and their order."""
 from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import REAL, real_problems
 from PIL import Image
 
 import data
-import prompts
+from official.tokenizer import Tokenizer
 from prompts import Sample
-
-REAL = ROOT.parent / "shared/data"
 
 
 class Words:
@@ -35,39 +33,45 @@ def test_tokens_targets_and_slots(tmp_path):
     text = data.encode(sample(" one two", " three"), words, 3)
     one, two, three, four = words.encode("one two three four")
     (label,), na = words.encode("Image:"), words.encode("Image: N/A")
-    assert (with_picture.head, with_picture.n_visual) == ([1, label], 3) and with_picture.rest == [one, two, three, four, 2]
+    assert (with_picture.head, with_picture.n_visual) == ([1, label], 3)
+    assert with_picture.rest == [one, two, three, four, 2]
     assert (text.head, text.n_visual, text.rest) == ([1, *na], 0, [one, two, three, 2])
     assert (with_picture.length, with_picture.start, text.length, text.start) == (10, 7, 7, 5)
     batch = data.collate([with_picture, text], 4, "clip")
     assert batch.tokens.tolist() == with_picture.head + with_picture.rest + text.head + text.rest
     assert batch.pieces == [2, 5, 3, 4] and batch.lengths == [10, 7] and batch.modality == [1, 0]
-    assert batch.predict_at.tolist() == [6, 7, 8, 14, 15] and batch.targets.tolist() == [three, four, 2, three, 2]
+    assert batch.predict_at.tolist() == [6, 7, 8, 14, 15]
+    assert batch.targets.tolist() == [three, four, 2, three, 2]
     assert batch.images.shape == (1, 3, 4, 4)
-    red = (torch.tensor([1.0, 0, 0]) - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
+    red = (torch.tensor([1.0, 0, 0]) - torch.tensor(mean)) / torch.tensor(std)
     assert torch.allclose(batch.images[0, :, 2, 2], red)
     prompt = data.encode(sample(" one two", "", tmp_path / "x.png"), words, 3)
     assert prompt.rest == [one, two] and data.collate([prompt], 4, "clip").targets.tolist() == []
 
 
-def test_a_picture_that_several_samples_show_is_decoded_once(tmp_path, monkeypatch):
+def test_a_picture_of_several_samples_is_decoded_once(tmp_path, monkeypatch):
     for color in ("red", "blue"):
         Image.new("RGB", (5, 5), color).save(tmp_path / f"{color}.png")
     opened, open_image = [], data.open_image
     monkeypatch.setattr(data, "open_image", lambda file: opened.append(file.stem) or open_image(file))
-    rows = [data.encode(sample(image=color and tmp_path / f"{color}.png"), Words(), 3) for color in ("red", "blue", None, "red")]
+    rows = [data.encode(sample(image=color and tmp_path / f"{color}.png"), Words(), 3)
+            for color in ("red", "blue", None, "red")]
     batch = data.collate(rows, 4, "clip")
-    assert opened == ["red", "blue"] and batch.images.shape == (2, 3, 4, 4) and batch.image_index.tolist() == [0, 1, 0]
-    assert data.collate(rows, 4, "clip", image_embeds=torch.zeros(3, 3, 8)).images is None and len(opened) == 2
+    assert opened == ["red", "blue"] and batch.images.shape == (2, 3, 4, 4)
+    assert batch.image_index.tolist() == [0, 1, 0]
+    batch = data.collate(rows, 4, "clip", image_embeds=torch.zeros(3, 3, 8))
+    assert batch.images is None and len(opened) == 2
 
 
 def test_an_empty_response_is_dropped_and_counted():
-    """Alpaca-52k has some"""
+    """Alpaca-52k has such samples."""
     examples, count = data.encode_all([sample(response=""), sample()], Words(), 0, max_len=20)
     assert count == {"kept": 1, "cut": 0, "dropped": 1} and len(examples) == 1
 
 
 def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
-    """The released code divides by zero targets there, and the loss turns NaN."""
+    """The released code divides by the number of targets, which is zero there, so its loss becomes NaN."""
     words = Words()
     samples = [sample("a b c", " d"), sample("a b c d", " e f"), sample("a b c d e f", " g")]
     lengths = [data.encode(s, words, 0).length for s in samples]
@@ -77,7 +81,7 @@ def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
     assert all(len(data.collate([e], 4, "clip").targets) for e in examples)
 
 
-def test_a_step_has_the_same_samples_for_any_number_of_ranks():
+def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks():
     words = Words()
     examples = [data.encode(sample("a " * (i % 7 + 1), " b" * (i % 3 + 1)), words, 0) for i in range(50)]
     seen = Counter()
@@ -109,18 +113,17 @@ def test_ranks_carry_nearly_equal_loads():
     assert sorted(i for hand in hands for micro in hand for i in micro) == list(range(32))
 
 
-needs_real = pytest.mark.skipif(not (REAL / "scienceqa").is_dir(), reason="the real ScienceQA problems are not beside the repository")
+needs_real = pytest.mark.skipif(not (REAL / "scienceqa").is_dir(),
+                                reason="the real ScienceQA problems are not in ../shared/data")
 
 
 @needs_real
 def test_real_problems_with_the_real_tokenizer():
-    """Counted once on the 1,773 real problems: QCM-ALE has 300 tokens on average, median 277, 7% over 512."""
-    from official.tokenizer import Tokenizer
-    tokenizer = Tokenizer(REAL / "llama_tokenizer.model")
-    samples = [s for split in ("train", "val", "test") for s in prompts.read_scienceqa(REAL / "scienceqa", split)]
+    """Reference for the 1,773 real problems in QCM-ALE: mean 300 tokens, median 277, 7% longer than 512."""
+    tokenizer, samples = Tokenizer(REAL / "llama_tokenizer.model"), real_problems()
     assert len(samples) == 1773
     examples = [data.encode(s, tokenizer, 6) for s in samples]
-    # with BOS, without "Image: ..", as they were counted
+    # the reference counts include BOS, but not "Image: .."
     lengths = torch.tensor([1 + len(e.rest) for e in examples], dtype=torch.float)
     assert 299 < lengths.mean() < 302 and 275 < lengths.median() < 279
     assert 0.065 < (lengths > 512).float().mean() < 0.08

@@ -1,4 +1,4 @@
-"""Every equation of the paper against a naive recomputation, and every equation tagged where it lives."""
+"""Each equation of the paper equals a naive recomputation, and a tag marks where it is implemented."""
 import re
 
 import naive
@@ -22,8 +22,9 @@ def adapter(kind, d=12, **cfg):
 def test_rep_adapter():
     a, z = adapter(RepAdapter, scale=0.7), torch.randn(2, 5, 12)
     p = naive.params(a)
-    f = naive.rep_adapter(z.double().numpy(), p["phi_d.weight"], p["phi_d.bias"], p["phi_u.weight"], p["phi_u.bias"])
-    assert close(a(z).detach(), z.double().numpy() + 0.7 * f)
+    z64 = z.double().numpy()
+    f = naive.rep_adapter(z64, p["phi_d.weight"], p["phi_d.bias"], p["phi_u.weight"], p["phi_u.bias"])
+    assert close(a(z).detach(), z64 + 0.7 * f)
 
 
 def test_eq2_eq3_mm_adapter_and_router():
@@ -32,10 +33,11 @@ def test_eq2_eq3_mm_adapter_and_router():
     w = a.route(t)
     assert close(w.detach(), naive.route(t.double().numpy(), p, 5.0))
     for row in range(2):
-        assert close(a(z, w[:, None])[row].detach(), naive.mm_adapter(z[row].double().numpy(), w[row].detach().double().numpy(), p, 0.7))
+        expected = naive.mm_adapter(z[row].double().numpy(), w[row].detach().double().numpy(), p, 0.7)
+        assert close(a(z, w[:, None])[row].detach(), expected)
 
 
-def test_eq1_modality_token_picks_a_row_of_the_modality_embedding(lavin):
+def test_eq1_modality_token_is_a_row_of_the_modality_embedding(lavin):
     with torch.no_grad():
         w = lavin.routing_weights()  # [L, 2, 2]
         lavin.adapter_modality_embedding.weight[1] += 1
@@ -47,8 +49,8 @@ def test_eq1_modality_token_picks_a_row_of_the_modality_embedding(lavin):
 def test_eq4_only_adapters_neck_and_modality_embedding_train(lavin):
     names = {n for n, p in lavin.named_parameters() if p.requires_grad}
     kinds = {re.sub(r"\.\d+\.", ".N.", n).rsplit(".", 2)[0] for n in names}
-    assert kinds == {"llama.layers.N.adapter_attn", "vit.transformer.resblocks.N.adapter_attn", "adapter_proj",
-                     "adapter_modality_embedding.weight"[:-7]}
+    assert kinds == {"llama.layers.N.adapter_attn", "vit.transformer.resblocks.N.adapter_attn",
+                     "adapter_proj", "adapter_modality_embedding"}
     lavin(make_batch(ROWS)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable(lavin).values())
     assert all(p.grad is None for n, p in lavin.named_parameters() if n not in names)
@@ -61,7 +63,7 @@ def test_eq6_neck(lavin):
 
 
 def naive_logits(model, batch):
-    """per row: logits [T, V] with the modality token in the sequence, and the routing weights of each layer"""
+    """for each row: logits [T, V] with the modality token in the sequence, and routing weights per layer"""
     p, images, out = naive.params(model), iter(batch.images.double().numpy()), []
     for row in ROWS:
         z = naive.sequence(ids_of(row), next(images) if row[2] else None, 2, p, model.cfg, CLIP)
@@ -72,7 +74,7 @@ def naive_logits(model, batch):
 
 @pytest.mark.parametrize("routing", ["cls", "token"])
 def test_eq7_eq8_logits_with_the_modality_token_in_the_sequence(routing):
-    """The modality token as its own stream, and samples packed end to end: both change nothing."""
+    """Running the modality token separately and packing samples end to end leave the logits unchanged."""
     model, batch = make_lavin(vit_routing=routing, tau=3.0, scale=0.8), make_batch(ROWS)
     with torch.no_grad():
         w = model.routing_weights()
@@ -93,7 +95,7 @@ def test_eq5_loss_is_the_sum_over_response_tokens(lavin):
     assert close(lavin(batch).detach(), expected)
 
 
-def test_every_equation_has_one_home_and_a_test():
+def test_every_equation_has_a_tag_and_a_test():
     files = {f.name: f.read_text() for f in ROOT.glob("*.py")}
     tests = (ROOT / "tests/test_equations.py").read_text()
     for n in range(1, 9):
@@ -101,4 +103,4 @@ def test_every_equation_has_one_home_and_a_test():
         assert homes, f"no line is tagged # Eq. ({n})"
         assert re.search(rf"def test_\w*eq{n}_", tests), f"no test of Eq. ({n})"
     tagged = {int(n) for text in files.values() for n in re.findall(r"# Eq\. \((\d+)\)", text)}
-    assert tagged <= set(range(1, 9)), f"tags of equations that the paper does not have: {tagged}"
+    assert tagged <= set(range(1, 9)), f"tags for equations that the paper does not have: {tagged}"

@@ -1,4 +1,4 @@
-"""End to end on small files in the published layouts: one short training on a mixture, then every command of evaluate.py."""
+"""End to end on small files in the published layouts: train on a mixture, then run evaluate.py's commands."""
 import json
 import math
 import os
@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import naive
@@ -13,7 +14,7 @@ import numpy as np
 import published
 import pytest
 import torch
-from conftest import ROOT, ROWS, make_batch, make_lavin
+from conftest import ROOT, ROWS, TWO_PROCESSES, make_batch, make_lavin, needs_caption_tools, one_line
 
 import data
 import evaluate
@@ -28,6 +29,7 @@ MME = {"existence": 3, "artwork": 2, "code_reasoning": 1}
 
 
 def call(main, *argv) -> None:
+    """run a command in this process; its errors are raised, not printed"""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
         main()
@@ -35,7 +37,7 @@ def call(main, *argv) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """a folder with every data set, and out/ with adapters that a mixture of them trained"""
+    """a folder with every data set, and out/ with adapters trained on a mixture of them"""
     folder = tmp_path_factory.mktemp("published")
     published.scienceqa(folder / "s", {"train": 20, "test": 13})
     published.alpaca(folder / "alpaca_data.json", 9)
@@ -44,11 +46,11 @@ def world(tmp_path_factory) -> Path:
     published.truthfulqa(folder / "mc_task.json")
     mixture = f"alpaca:{folder}/alpaca_data.json,llava:{folder}/coco,coco:{folder}/coco,scienceqa:{folder}/s"
     with pytest.MonkeyPatch.context() as m:
-        said = []
-        m.setattr(sys.stderr, "write", said.append)
-        call(train.main, "--data", mixture, "--out", folder / "out", *TINY, "--format", "QCM-ALE", "--epochs", 4,
-             "--batch_size", 11, "--log_every", 1, "--split", "", "--max_new_tokens", 16)
-    (folder / "said").write_text("".join(said))
+        stderr = []
+        m.setattr(sys.stderr, "write", stderr.append)
+        call(train.main, "--data", mixture, "--out", folder / "out", *TINY, "--format", "QCM-ALE",
+             "--epochs", 4, "--batch_size", 11, "--log_every", 1, "--split", "", "--max_new_tokens", 16)
+    (folder / "stderr").write_text("".join(stderr))
     return folder
 
 
@@ -67,11 +69,11 @@ def folded(world):
     return model.fold(lavin.TEXT, lavin.IMAGE), Tokenizer(ROOT / "tiny/llama/tokenizer.model")
 
 
-def test_a_mixture_trains_and_is_counted(world):
-    said = (world / "said").read_text()
+def test_training_on_a_mixture_counts_its_samples_and_learns(world):
+    stderr = (world / "stderr").read_text()
     for line in (f"alpaca:{world}/alpaca_data.json: 8 kept, 0 cut, 1 dropped", f"llava:{world}/coco: 6 kept",
                  f"coco:{world}/coco: 10 kept", f"scienceqa:{world}/s: 20 kept"):
-        assert line in said
+        assert line in stderr
     losses = [json.loads(line)["loss"] for line in open(world / "out/log.jsonl")]
     assert len(losses) == 16 and np.mean(losses[-4:]) < np.mean(losses[:4])
 
@@ -93,15 +95,14 @@ def test_batches_mix_text_and_pictures_at_random(world):
 # the commands
 
 def test_scienceqa(run, world, tmp_path):
-    out, _ = run("scienceqa", "--data", world / "s", "--out", tmp_path / "p.jsonl", "--json")
-    found = json.loads(out)
+    flags = "--data", world / "s", "--json"
+    found = json.loads(run("scienceqa", *flags, "--out", tmp_path / "p.jsonl")[0])
     assert found["columns"]["Avg"][1] == 13 and list(found["accuracy"])[:9] == list(scores.COLUMNS)
-    again = json.loads(run("scienceqa", "--data", world / "s", "--predictions", tmp_path / "p.jsonl", "--json")[0])
-    assert again == found
+    assert json.loads(run("scienceqa", *flags, "--predictions", tmp_path / "p.jsonl")[0]) == found
     assert "LaVIN-7B (paper)" in run("scienceqa", "--data", world / "s", "--limit", 3)[0]
 
 
-def test_without_a_command_it_is_scienceqa(world, monkeypatch):
+def test_the_default_command_is_scienceqa(world, monkeypatch):
     called = []
     monkeypatch.setattr("tiny.world.ensure", called.append)
     monkeypatch.setitem(evaluate.COMMANDS, "scienceqa", (evaluate.ScienceQA, lambda cfg: called.append(cfg)))
@@ -109,49 +110,56 @@ def test_without_a_command_it_is_scienceqa(world, monkeypatch):
     call(evaluate.main)
     given, made, default = called
     assert (given.data, given.limit) == (str(world / "s"), 3)
-    assert made == default.data == "tiny/data" and (default.limit, default.predictions, default.stop_at_letter) == (0, "", True)
+    assert made == default.data == "tiny/data"
+    assert (default.limit, default.predictions, default.stop_at_letter) == (0, "", True)
 
 
-def test_mme_writes_its_own_result_files(run, world, tmp_path):
+def test_mme_writes_result_files_in_mmes_layout(run, world, tmp_path):
     found = json.loads(run("mme", "--data", world / "mme", "--out", tmp_path, "--json")[0])
     assert sorted(f.stem for f in tmp_path.glob("*.txt")) == sorted(MME)
     for task, n in MME.items():
         rows = [line.split("\t") for line in (tmp_path / f"{task}.txt").read_text().splitlines()]
-        assert len(rows) == 2 * n and {len(r) for r in rows} == {4} and [r[2] for r in rows] == ["Yes", "No"] * n
-    assert found == json.loads(run("mme", "--results", tmp_path, "--json")[0]) and set(found["tasks"]) == set(MME)
-    one = run("mme", "--data", world / "mme", "--out", tmp_path / "one", "--tasks", "artwork", "--limit", 1, "--json")[0]
+        assert {len(r) for r in rows} == {4} and [r[2] for r in rows] == ["Yes", "No"] * n
+    assert found == json.loads(run("mme", "--results", tmp_path, "--json")[0])
+    assert set(found["tasks"]) == set(MME)
+    one = run("mme", "--data", world / "mme", "--out", tmp_path / "one", "--tasks", "artwork", "--limit", 1,
+              "--json")[0]
     assert json.loads(one)["tasks"]["artwork"]["replies"] == 2
 
 
 def test_mme_encodes_a_picture_once(run, world, tmp_path, monkeypatch):
-    """two questions about each, and they are neighbours even where batches are small"""
-    seen, forward = [], lavin.VisionTransformer.forward
-    monkeypatch.setattr(lavin.VisionTransformer, "forward", lambda self, x, *a: seen.append(len(x)) or forward(self, x, *a))
-    found = [run("mme", "--data", world / "mme", "--out", tmp_path / str(n), "--batch_size", n, "--json")[0] for n in (64, 4)]
-    assert seen == [6, 2, 2, 2] and found[0] == found[1]
+    """Each picture has two questions. They share a batch even when batches are small."""
+    encoded, forward = [], lavin.VisionTransformer.forward
+
+    def spy(self, images, *args):
+        encoded.append(len(images))
+        return forward(self, images, *args)
+
+    monkeypatch.setattr(lavin.VisionTransformer, "forward", spy)
+    flags = "--data", world / "mme", "--json"
+    found = [run("mme", *flags, "--out", tmp_path / str(n), "--batch_size", n)[0] for n in (64, 4)]
+    assert encoded == [6, 2, 2, 2] and found[0] == found[1]
 
 
 def test_coco_captions_the_test_split(run, world, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)  # written even where they can't be scored
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)  # captions are written, but not scored
     out, err = run("coco", "--data", world / "coco", "--out", tmp_path / "c.jsonl")
     assert not out and "will not be scored" in err
     assert set(scores.read_predictions(tmp_path / "c.jsonl")) == {"103", "104"}
 
 
 def test_coco_is_scored(run, world, tmp_path):
-    pytest.importorskip("pycocoevalcap", reason="the COCO caption library is not installed")
-    try:
-        scores.caption_tools()
-    except ValueError as e:
-        pytest.skip(str(e))
+    needs_caption_tools()
     found = json.loads(run("coco", "--data", world / "coco", "--out", tmp_path / "c.jsonl", "--json")[0])
-    call(evaluate.main, "coco", "--predictions", tmp_path / "c.jsonl", "--references", world / "coco/dataset_coco.json")
+    call(evaluate.main, "coco", "--predictions", tmp_path / "c.jsonl",
+         "--references", world / "coco/dataset_coco.json")
     assert found["pictures"] == 2
 
 
 def test_truthfulqa_equals_a_naive_recomputation(run, world, tmp_path, folded):
-    """each answer alone, in numpy's float64 from torch's logits; both token by token"""
-    found = json.loads(run("truthfulqa", "--data", world / "mc_task.json", "--out", tmp_path / "t.jsonl", "--json")[0])
+    """The recomputation takes each answer alone and sums its tokens' log-probabilities in float64."""
+    flags = "--data", world / "mc_task.json", "--json"
+    found = json.loads(run("truthfulqa", *flags, "--out", tmp_path / "t.jsonl")[0])
     written = scores.read_predictions(tmp_path / "t.jsonl")
     model, tokenizer = folded
     model.use_folded(lavin.TEXT)
@@ -171,14 +179,14 @@ def test_truthfulqa_equals_a_naive_recomputation(run, world, tmp_path, folded):
         mc1.append(q["mc1_targets"][best])
         mc2.append(sum(p[a] for a, y in q["mc2_targets"].items() if y) / sum(p[a] for a in q["mc2_targets"]))
     assert found["MC1"] == 100 * np.mean(mc1) and found["MC2"] == pytest.approx(100 * np.mean(mc2), rel=1e-4)
-    again = run("truthfulqa", "--data", world / "mc_task.json", "--predictions", tmp_path / "t.jsonl", "--json")[0]
+    again = run("truthfulqa", *flags, "--predictions", tmp_path / "t.jsonl")[0]
     assert json.loads(again) == found
 
 
 # ---------------------------------------------------------------------------------------------------
 # stopping at the letter
 
-def test_a_complete_row_ends_and_no_other_changes():
+def test_a_complete_row_ends_and_the_others_stay_unchanged():
     model = make_lavin()
     batch = make_batch(ROWS)
     whole = model.generate(batch, 12, eos=-1, temperature=0.0)
@@ -196,8 +204,9 @@ def test_a_complete_row_ends_and_no_other_changes():
 def test_stopping_at_the_letter_changes_no_score(world, folded):
     model, tokenizer = folded
     samples = prompts.read_scienceqa(world / "s", "test", "QCM-ALE")
-    tokenizer.eos = -1  # answers go on after their letter, as with explanations
-    whole, cut = (answering.answer(model, tokenizer, samples, 24, progress=False, until=u) for u in (None, scores.ANSWER))
+    tokenizer.eos = -1  # answers continue after their letter, as with explanations
+    whole, cut = (answering.answer(model, tokenizer, samples, 24, progress=False, until=pattern)
+                  for pattern in (None, scores.ANSWER))
     assert scores.scienceqa(samples, whole) == scores.scienceqa(samples, cut)
     stopped = [s.id for s in samples if len(cut[s.id]) < len(whole[s.id])]
     assert len(stopped) > 6 and all(whole[id].startswith(cut[id]) for id in whole)
@@ -207,7 +216,7 @@ def test_stopping_at_the_letter_changes_no_score(world, folded):
 # ---------------------------------------------------------------------------------------------------
 # interruptions and processes
 
-def test_a_killed_run_goes_on(run, world, tmp_path, monkeypatch):
+def test_a_killed_run_resumes(run, world, tmp_path, monkeypatch):
     argv = ("scienceqa", "--data", world / "s", "--batch_size", 3, "--out", tmp_path / "p.jsonl")
     run(*argv)
     whole = (tmp_path / "p.jsonl").read_text().splitlines(keepends=True)
@@ -219,20 +228,22 @@ def test_a_killed_run_goes_on(run, world, tmp_path, monkeypatch):
         return answer(model, tokenizer, samples, **kw)
 
     monkeypatch.setattr(answering, "answer", spy)
-    for kept in ("".join(whole[:6]) + whole[6][:9], whole[0][:12], ""):  # killed inside a line, or at once
+    for kept in ("".join(whole[:6]) + whole[6][:9], whole[0][:12], ""):  # killed within a line, or at once
         (tmp_path / "p.jsonl").write_text(kept)
         asked.clear()
         _, err = run(*argv)
         done = max(0, kept.count("\n") - 1)
-        assert len(asked) == 13 - done and (f"{done} predictions are there, {13 - done} to go" in err) == (done > 0)
+        assert len(asked) == 13 - done
+        assert (f"{done} predictions are there, {13 - done} to go" in err) == (done > 0)
         assert sorted((tmp_path / "p.jsonl").read_text().splitlines(keepends=True)) == sorted(whole)
-    monkeypatch.setattr(answering, "load", None)  # nothing to go: no model
+    monkeypatch.setattr(answering, "load", None)  # a finished run loads no model
     run(*argv)
 
 
 def test_a_run_does_not_resume_on_other_questions(run, tmp_path):
     """in the same folder: other prompts, then another image name; the number of questions is the same"""
-    argv = ("scienceqa", "--data", published.scienceqa(tmp_path / "s", {"test": 3}), "--out", tmp_path / "p.jsonl")
+    folder = published.scienceqa(tmp_path / "s", {"test": 3})
+    argv = ("scienceqa", "--data", folder, "--out", tmp_path / "p.jsonl")
     run(*argv)
     kept = (tmp_path / "p.jsonl").read_text()
     file = tmp_path / "s/problems.json"
@@ -253,16 +264,18 @@ def test_two_processes_write_what_one_writes(run, world, tmp_path):
     found = run("mme", "--data", world / "mme", "--out", tmp_path / "one", "--json")[0]
     whole = (tmp_path / "one/predictions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "two").mkdir()
-    (tmp_path / "two/predictions.jsonl").write_text("".join(whole[:3]))  # and they go on from there
-    command = [sys.executable, "evaluate.py", "mme", *TINY, "--adapters", str(world / "out/adapters.safetensors"),
+    (tmp_path / "two/predictions.jsonl").write_text("".join(whole[:3]))  # the two processes resume from here
+    command = [sys.executable, "evaluate.py", "mme", *TINY,
+               "--adapters", str(world / "out/adapters.safetensors"),
                "--data", str(world / "mme"), "--out", str(tmp_path / "two"), "--json"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    told = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun does
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**told, "RANK": rank}) for rank in "01"]
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # like torchrun
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**env, "RANK": rank})
+            for rank in "01"]
     try:
-        assert [p.communicate(timeout=180)[0] for p in both] == [found, ""]  # the first one speaks for both
+        assert [p.communicate(timeout=180)[0] for p in both] == [found, ""]  # only rank 0 prints the result
     finally:
         for p in both:
             p.kill()
@@ -271,39 +284,41 @@ def test_two_processes_write_what_one_writes(run, world, tmp_path):
         assert (tmp_path / f"one/{task}.txt").read_text() == (tmp_path / f"two/{task}.txt").read_text()
 
 
-def test_two_processes_answer_as_one_does(run, world, tmp_path):
-    """and as each problem alone"""
-    flags = "--data", str(world / "s"), "--limit", "7"
-    out = {n: run("scienceqa", *flags, "--batch_size", n, "--out", tmp_path / f"{n}.jsonl", "--json")[0] for n in (64, 1)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py", "scienceqa", *TINY,
-               *flags, "--adapters", str(world / "out/adapters.safetensors"), "--out", str(tmp_path / "two.jsonl"), "--json"]
+def test_answers_do_not_depend_on_processes_or_batch_size(run, world, tmp_path):
+    flags = "--data", str(world / "s"), "--limit", "7", "--json"
+    out = {n: run("scienceqa", *flags, "--batch_size", n, "--out", tmp_path / f"{n}.jsonl")[0]
+           for n in (64, 1)}
+    command = [*TWO_PROCESSES, "evaluate.py", "scienceqa", *TINY, *flags,
+               "--adapters", str(world / "out/adapters.safetensors"), "--out", str(tmp_path / "two.jsonl")]
     two = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=180, check=True).stdout
     files = [scores.read_predictions(tmp_path / f"{name}.jsonl") for name in (64, 1, "two")]
     assert len(files[0]) == 7 and files[0] == files[1] == files[2] and two == out[64] == out[1]
 
 
-def test_mistakes_are_one_line(run, world, tmp_path):
-    def message(*argv):
-        with pytest.raises((ValueError, OSError)) as e:
-            run(*argv)
-        assert "\n" not in str(e.value)
-        return str(e.value)
-
+def test_a_run_does_not_overwrite_another_file(run, world, tmp_path):
+    message = partial(one_line, run)
     p, small = tmp_path / "p.jsonl", ("scienceqa", "--data", world / "s", "--limit", 2)
     run(*small, "--out", p)
     kept = p.read_text()
     another = "p.jsonl: holds the predictions of another run ({}, now {}); give another --out, or delete it"
     assert another.format("seed 0", 1) in message(*small, "--seed", 1, "--out", p)
-    assert another.format("command scienceqa", "coco") in message("coco", "--data", world / "coco", "--out", p)
+    told = message("coco", "--data", world / "coco", "--out", p)
+    assert another.format("command scienceqa", "coco") in told
     assert another.format("dtype float32", "bfloat16") in message(*small, "--dtype", "bf16", "--out", p)
-    assert another.format("stop_at_letter True", False) in message(*small, "--no-stop_at_letter", "--out", p)
+    told = message(*small, "--no-stop_at_letter", "--out", p)
+    assert another.format("stop_at_letter True", False) in told
     (tmp_path / "notes.jsonl").write_text("my notes")
     assert "is not a file of predictions" in message(*small, "--out", tmp_path / "notes.jsonl")
     assert "name that ends in .jsonl" in message(*small, "--out", tmp_path / "p.json")
     assert p.read_text() == kept and (tmp_path / "notes.jsonl").read_text() == "my notes"
+
+
+def test_mistakes_are_one_line(run, world, tmp_path):
+    message = partial(one_line, run)
     published.scienceqa(tmp_path / "s", {"test": 4, "val": 0})
     (tmp_path / "s/images/test/2/image.png").unlink()
-    assert "test/2/image.png: no such picture, needed by sample 2" in message("scienceqa", "--data", tmp_path / "s")
+    told = message("scienceqa", "--data", tmp_path / "s")
+    assert "test/2/image.png: no such picture, needed by sample 2" in told
     assert "nothing to answer" in message("scienceqa", "--data", tmp_path / "s", "--split", "val")
     assert "none of MME's folders is here" in message("mme", "--data", tmp_path)
     assert "mc.json: no such file" in message("truthfulqa", "--data", tmp_path / "mc.json")
@@ -318,15 +333,14 @@ def test_mistakes_are_one_line(run, world, tmp_path):
         assert "text-only adapters" in told
 
 
-def test_train_takes_no_empty_or_broken_mixture(world, tmp_path):
+def test_train_refuses_an_empty_or_broken_mixture(world, tmp_path):
     def message(spec):
-        with pytest.raises((ValueError, OSError)) as e:
-            call(train.main, "--data", spec, "--out", tmp_path, *TINY)
-        return str(e.value)
+        return one_line(call, train.main, "--data", spec, "--out", tmp_path, *TINY)
 
     published.put(tmp_path / "a.json", [{"instruction": "x", "output": ""}])
     assert "no sample of the train split has a response" in message(f"alpaca:{tmp_path}/a.json")
     published.put(tmp_path / "b.json", [{"instruction": "x", "ouput": "y"}])
     assert "b.json: record 0: 'output' is missing or not str" in message(f"{world}/s,json:{tmp_path}/b.json")
     assert "unknown kind 'alpca'; did you mean alpaca?" in message("alpca:x")
-    assert "split train is empty" in message(f"scienceqa:{published.scienceqa(tmp_path / 'e', {'train': 0, 'test': 1})}")
+    empty = published.scienceqa(tmp_path / "e", {"train": 0, "test": 1})
+    assert "split train is empty" in message(f"scienceqa:{empty}")

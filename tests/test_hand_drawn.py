@@ -1,10 +1,7 @@
-"""Pictures drawn by hand, not by the small world's generator: other sizes, other strokes, another file format."""
-import sys
-
-from conftest import ROOT
+"""The demo model reads hand-drawn pictures. Their size, strokes and format differ from the generated ones."""
+from conftest import ROOT, run_main
 from PIL import Image, ImageDraw
 
-import cli
 import sample
 
 
@@ -40,8 +37,8 @@ def purple_cross():
 
 def yellow_star_and_black_square():
     image, d = canvas(400, 400, (250, 250, 250))
-    d.polygon([(100, 130), (117, 178), (168, 180), (128, 211), (142, 260), (100, 232), (58, 260), (72, 211), (32, 180), (83, 178)],
-              fill=(245, 205, 20))
+    d.polygon([(100, 130), (117, 178), (168, 180), (128, 211), (142, 260),
+               (100, 232), (58, 260), (72, 211), (32, 180), (83, 178)], fill=(245, 205, 20))
     d.rectangle((265, 165, 335, 235), fill=(15, 15, 15))
     return image
 
@@ -76,23 +73,24 @@ PICTURES = [
     (blue_square_right, "Where is the square?", "The square is at the right."),
     (purple_cross, "What color is the cross?", "The cross is purple."),
     (yellow_star_and_black_square, "What color is the star?", "The star is yellow."),
-    (yellow_star_and_black_square, "Seen from the star, where is the square?", "Seen from there, the square is right."),
+    (yellow_star_and_black_square, "Seen from the star, where is the square?",
+     "Seen from there, the square is right."),
     (red_heart_over_blue_circle, "What color is the circle?", "The circle is blue."),
     (three_green_circles, "How many circles are there?", "The number of circles is three."),
     (big_black_triangle_small_red_square, "Which shape is bigger?", "The shape that is big is the triangle."),
 ]
 
 
-def test_at_least_eight_of_ten(monkeypatch, capsys, tmp_path):
+def test_at_least_eight_of_ten_answers_are_right(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     right, report = [], []
     for i, (draw, question, answer) in enumerate(PICTURES):
         path = tmp_path / f"{i}.{'jpg' if i % 2 else 'png'}"
         draw().save(path)
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--image", str(path), "--prompt", question])
-        cli.run(sample.main)
+        run_main(monkeypatch, sample.main, "--image", path, "--prompt", question)
         said = capsys.readouterr().out.strip()
-        right.append(said.endswith(answer))  # after a sentence about all there is to see
-        report.append(f"{draw.__name__}: {question} -> {said}" + ("" if right[-1] else f" (expected {answer})"))
+        right.append(said.endswith(answer))  # a description of the picture comes first
+        wrong = "" if right[-1] else f" (expected {answer})"
+        report.append(f"{draw.__name__}: {question} -> {said}{wrong}")
     print("\n".join(report))
     assert sum(right) >= 8, "\n".join(report)

@@ -1,4 +1,4 @@
-"""What must hold of the model whatever its weights: counts, identity at the start, caching, independence of rows."""
+"""Properties of the model for any weights: counts, identity at initialisation, caching, independent rows."""
 import shutil
 
 import pytest
@@ -21,8 +21,8 @@ from speed import compiling, step
 
 def count(size: str, encoder: str, **cfg) -> dict[str, int]:
     with torch.device("meta"):
-        adapter = AdapterConfig(cfg.pop("kind", "mm"))
-        model = LaVIN(LLaMA(llama.PRESETS[size]), VisionTransformer(clip.PRESETS[encoder]), LaVINConfig(adapter, **cfg))
+        cfg = LaVINConfig(AdapterConfig(cfg.pop("kind", "mm")), **cfg)
+        model = LaVIN(LLaMA(llama.PRESETS[size]), VisionTransformer(clip.PRESETS[encoder]), cfg)
     counts = {}
     for name, p in trainable(model).items():
         counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + p.numel()
@@ -32,10 +32,12 @@ def count(size: str, encoder: str, **cfg) -> dict[str, int]:
 
 
 def test_parameter_counts_of_the_paper():
-    assert count("7B", "ViT-L/14") == {"llama": 32 * 81_930, "vit": 24 * 20_490, "adapter_proj": 659_584,
-                                       "adapter_modality_embedding": 8_192, "total": 3_781_296, "decayed": 3_465_216}
-    assert count("13B", "ViT-L/14")["total"] == 5_390_080 and count("13B", "ViT-L/14")["llama"] == 40 * 102_410
-    # the other rows of Table 2, as the paper rounds them
+    assert count("7B", "ViT-L/14") == {
+        "llama": 32 * 81_930, "vit": 24 * 20_490, "adapter_proj": 659_584,
+        "adapter_modality_embedding": 8_192, "total": 3_781_296, "decayed": 3_465_216}
+    assert count("13B", "ViT-L/14")["total"] == 5_390_080
+    assert count("13B", "ViT-L/14")["llama"] == 40 * 102_410
+    # the other rows of Table 2, with the paper's rounded figures
     assert count("7B", "ViT-L/14", kind="rep", vision=False)["total"] == 1_704_192  # the paper prints 1.8M
     assert count("7B", "ViT-B/16", kind="rep", vit_adapters=False)["total"] == 2_331_008  # 2.4M
     assert count("7B", "ViT-B/16", kind="rep")["total"] == 2_515_448  # 2.5M
@@ -44,7 +46,7 @@ def test_parameter_counts_of_the_paper():
 
 @pytest.mark.parametrize("kind", ["mm", "rep"])
 def test_identity_at_init(kind):
-    """Untrained adapters change no bit of the bare LLaMA's logits, nor of the bare ViT's [cls]."""
+    """Untrained adapters change no bit of LLaMA's logits or of the ViT's [cls]."""
     torch.manual_seed(0)
     base, vit = LLaMA(LLAMA), VisionTransformer(CLIP)
     randomize(base), randomize(vit)
@@ -63,7 +65,7 @@ def test_unknown_names_list_the_known():
 
 
 def test_cached_equals_uncached_with_ragged_prompts_and_both_modalities(lavin):
-    """What decoding sees token by token is what training sees at once. (The released cache shifts every position.)"""
+    """Decoding token by token gives the logits of one full forward. (The released cache shifts positions.)"""
     n_prompt = [max(0, len(ids) - 3) for ids, _, _ in ROWS]  # ragged prompts, then up to 3 tokens each
     prompts = make_batch([(ids[:n], 0, image) for (ids, _, image), n in zip(ROWS, n_prompt)])
     if prompts.images is not None:
@@ -79,7 +81,7 @@ def test_cached_equals_uncached_with_ragged_prompts_and_both_modalities(lavin):
             logits = lavin.decode(w, token, cache) if s < 3 else None
 
 
-def test_a_step_reads_the_filled_slots_alone(lavin):
+def test_a_step_reads_only_the_filled_slots(lavin):
     for rows in (ROWS[:1], ROWS):
         with torch.inference_mode():
             logits, cache, w = lavin.prefill(make_batch(rows), room=6)
@@ -91,14 +93,14 @@ def test_a_step_reads_the_filled_slots_alone(lavin):
 
 @pytest.mark.parametrize("amd", [False, True])
 def test_matvec_equals_the_plain_product(monkeypatch, amd):
-    monkeypatch.setattr(step, "amd", lambda: amd)  # whatever this machine is
+    monkeypatch.setattr(step, "amd", lambda: amd)  # test both code paths on any machine
     for size, bias in ((600, None), (512, torch.randn(512))):
         W, x = torch.randn(size, 512), torch.randn(1, 512)
         assert close(step.matvec(W, x, bias), F.linear(x, W, bias))
 
 
 def teacher_forced(model, row, n):
-    """greedy answer by running the whole sequence anew for every token"""
+    """the greedy answer from one full forward pass per token"""
     ids, answer = list(row[0]), []
     for _ in range(n):
         batch = make_batch([(ids, 0, row[2])])._replace(images=make_batch([row]).images)
@@ -130,8 +132,9 @@ def test_answers_do_not_depend_on_batch_mates(lavin, temperature):
 
 @pytest.mark.parametrize("kind", ["mm", "rep"])
 def test_folded_equals_unfolded(kind):
-    """Structural re-parameterisation: no adapter left in LLaMA, the same logits in both modalities."""
-    model, folded = make_lavin(kind=kind, scale=0.7, tau=3.0), make_lavin(kind=kind, scale=0.7, tau=3.0).fold(0, 1)
+    """Structural re-parameterisation removes LLaMA's adapters and keeps the logits in both modalities."""
+    model, folded = (make_lavin(kind=kind, scale=0.7, tau=3.0) for _ in range(2))
+    folded.fold(0, 1)
     assert all(layer.adapter_attn is None for layer in folded.llama.layers)
     for rows in ([r for r in ROWS if r[2]], [r for r in ROWS if not r[2]]):
         batch = make_batch(rows)
@@ -148,12 +151,13 @@ def test_folded_equals_unfolded(kind):
 def test_folding_keeps_one_set_of_projections():
     folded = make_lavin().fold(1)
     a, (W, _) = folded.llama.layers[0].attention, folded.folded[1][0]
-    assert [x.weight.data_ptr() for x in (a.wq, a.wk, a.wv)] == [x.data_ptr() for x in W.chunk(3)]  # views, no copies
+    views = [x.data_ptr() for x in W.chunk(3)]
+    assert [x.weight.data_ptr() for x in (a.wq, a.wk, a.wv)] == views  # no copies
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fast_step_equals_decode(dtype):
-    """Straight-line code for one row: the same logits and the same cache, in both modalities."""
+    """For one row, it gives the same logits and the same cache, in both modalities."""
     model = make_lavin().to(dtype)
     for p in trainable(model).values():
         p.data = p.data.float()
@@ -170,12 +174,13 @@ def test_the_fast_step_equals_decode(dtype):
         assert close(caches[1].k, caches[0].k, 1e-5 if dtype == torch.float32 else 0.05)
         answers = [model.generate(batch, 12, eos=2, temperature=0.0, step=s) for s in (None, fast)]
         assert answers[0] == answers[1] or dtype == torch.bfloat16
-    rows = make_batch(PROMPTS[::2])  # several rows are left to decode
-    assert model.generate(rows, 8, eos=2, temperature=0.0, step=fast) == model.generate(rows, 8, eos=2, temperature=0.0)
+    rows = make_batch(PROMPTS[::2])  # with several rows, generate uses decode instead
+    expected = model.generate(rows, 8, eos=2, temperature=0.0)
+    assert model.generate(rows, 8, eos=2, temperature=0.0, step=fast) == expected
 
 
 def test_pictures_do_not_depend_on_batch_mates(lavin):
-    """The released router sends every picture of a batch the way of the first one."""
+    """The released router applies the routing weights of the first picture to all pictures of a batch."""
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         together = lavin.vit(images)
@@ -183,30 +188,39 @@ def test_pictures_do_not_depend_on_batch_mates(lavin):
             assert close(lavin.vit(images[i: i + 1])[0], together[i])
 
 
-def test_the_vit_sees_only_the_pictures_that_exist(lavin, monkeypatch):
-    seen = []
-    forward = lavin.vit.forward
-    monkeypatch.setattr(lavin.vit, "forward", lambda images, *a: seen.append(len(images)) or forward(images, *a))
+@pytest.fixture
+def encoded(lavin, monkeypatch) -> list[int]:
+    """a list that gets the number of pictures in every forward of the ViT"""
+    counts, forward = [], lavin.vit.forward
+
+    def spy(images, *args):
+        counts.append(len(images))
+        return forward(images, *args)
+
+    monkeypatch.setattr(lavin.vit, "forward", spy)
+    return counts
+
+
+def test_the_vit_runs_only_on_existing_pictures(lavin, encoded):
     lavin(make_batch(ROWS))
     lavin(make_batch([r for r in ROWS if not r[2]]))
-    assert seen == [2]
+    assert encoded == [2]
 
 
-def test_an_image_that_several_samples_share_is_encoded_once(lavin, monkeypatch):
-    """In training once per sample, because their dropout differs."""
-    seen, forward = [], lavin.vit.forward
-    monkeypatch.setattr(lavin.vit, "forward", lambda images, *a: seen.append(len(images)) or forward(images, *a))
+def test_an_image_that_several_samples_share_is_encoded_once(lavin, encoded):
+    """In training it is encoded once per sample, because their dropout differs."""
     rows, index = [(ids, 0, True) for ids in ([5, 9, 11], [8, 4], [20, 31, 7, 12])], torch.tensor([1, 0, 1])
     batch = make_batch(rows)
-    shared, apart = batch._replace(images=batch.images[:2], image_index=index), batch._replace(images=batch.images[index])
+    shared = batch._replace(images=batch.images[:2], image_index=index)
+    apart = batch._replace(images=batch.images[index])
     with torch.no_grad():
-        assert close(torch.cat(lavin.embed(shared)), torch.cat(lavin.embed(apart))) and seen == [2, 3]
+        assert close(torch.cat(lavin.embed(shared)), torch.cat(lavin.embed(apart))) and encoded == [2, 3]
         embeds = lavin.encode_images(shared)
         known = shared._replace(image_embeds=embeds, images=None)
         assert torch.equal(torch.cat(lavin.embed(known)), torch.cat(lavin.embed(shared)))
         keep = masks(rows, range(3))
         dropped = [torch.cat(lavin.embed(b._replace(**keep))) for b in (shared, apart)]
-        assert close(*dropped) and seen[-2:] == [3, 3]
+        assert close(*dropped) and encoded[-2:] == [3, 3]
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
@@ -216,7 +230,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
 
 
 def test_packed_equals_one_sample_at_a_time(lavin):
-    """Samples end to end in one row: the same loss and the same gradients, without a token of padding."""
+    """Packing samples end to end, without padding, gives the same loss and the same gradients."""
     batch, alone = make_batch(ROWS), [make_batch([row]) for row in ROWS]
     assert close(lavin(batch).detach(), sum(lavin(b).detach() for b in alone))
     apart = [gradients(lavin, b) for b in alone]
@@ -226,7 +240,7 @@ def test_packed_equals_one_sample_at_a_time(lavin):
 def test_chunked_loss_equals_the_whole_one(lavin, monkeypatch):
     batch = make_batch(ROWS)
     logits = lavin.llama.output(lavin.hidden(batch))
-    assert len(logits) == sum(n for _, n, _ in ROWS)  # logits only where there is a target
+    assert len(logits) == sum(n for _, n, _ in ROWS)  # one row of logits for each target
     loss = F.cross_entropy(logits, batch.targets, reduction="sum")
     expected = dict(zip(trainable(lavin), torch.autograd.grad(loss, trainable(lavin).values())))
     for rows in (3, 256):
@@ -251,7 +265,8 @@ def test_dropout_depends_on_the_seed_of_each_sample():
     for name, axis in (("keep_llama", 2), ("keep_vit", 1)):
         mask = keep[name]
         assert abs(mask.float().mean().item() - 0.9) < 0.005
-        for dim in {*range(mask.ndim)} - {1 if name == "keep_llama" else -1}:  # no layer, token or unit stands out
+        # the share of kept units is the same for all layers, tokens and units
+        for dim in {*range(mask.ndim)} - {1 if name == "keep_llama" else -1}:
             means = mask.float().mean([d for d in range(mask.ndim) if d != dim])
             assert (means - 0.9).abs().max() < 6 * (0.09 * len(means) / mask.numel()) ** 0.5
         T = mask.shape[axis] // 40 if name == "keep_llama" else 1
@@ -264,11 +279,11 @@ def test_dropout_of_a_sample_does_not_depend_on_its_batch_mates():
     model, batch, seeds = make_lavin(dropout=0.5), make_batch(ROWS), range(len(ROWS))
     dropped = batch._replace(**masks(ROWS, seeds))
     assert model(dropped).item() != model(batch).item() and model(dropped).item() == model(dropped).item()
-    alone = sum(model(make_batch([row])._replace(**masks([row], [seed]))).item() for row, seed in zip(ROWS, seeds))
-    assert model(dropped).item() == pytest.approx(alone, rel=1e-5)
+    alone = [make_batch([row])._replace(**masks([row], [seed])) for row, seed in zip(ROWS, seeds)]
+    assert model(dropped).item() == pytest.approx(sum(model(b).item() for b in alone), rel=1e-5)
 
 
-def test_dropout_scales_what_survives():
+def test_dropout_scales_the_kept_units():
     model, batch = make_lavin(dropout=0.5), make_batch(ROWS)
     keep = {name: torch.ones_like(x) for name, x in masks(ROWS, range(4)).items()}
     hooked = make_lavin(dropout=0.5)
@@ -277,13 +292,13 @@ def test_dropout_scales_what_survives():
             module.register_forward_hook(lambda module, args, h: 2 * h)
     with torch.no_grad():
         w = model.routing_weights()
-        hooked.routing_weights = lambda: w  # there is no dropout where the routing weights are made
+        hooked.routing_weights = lambda: w  # the routing weights are computed without dropout
         assert close(model(batch._replace(**keep)), hooked(batch))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
-def test_a_compiled_step_is_the_step(lavin):
-    """in C++: the same logits and cache, in both modalities, at any length; several rows are left to decode"""
+def test_the_compiled_step_equals_decode(lavin):
+    """Compiled to C++, it gives the same logits and cache, in both modalities and at any length."""
     compiled = compiling.compile_step(lavin.fold(0, 1))
     for row, modality in ((PROMPTS[0], 1), (PROMPTS[1], 0), (PROMPTS[2], 1)):
         batch = make_batch([row])
@@ -298,17 +313,18 @@ def test_a_compiled_step_is_the_step(lavin):
             assert close(x, y) and y[:, :, :, n - 1].abs().sum() > 0 and y[:, :, :, n:].abs().sum() == 0
         answers = [lavin.generate(batch, 8, eos=2, temperature=0.0, step=s) for s in (compiled, None)]
         assert answers[0] == answers[1]
-    rows = make_batch(PROMPTS[::2])
-    assert lavin.generate(rows, 8, eos=2, temperature=0.0, step=compiled) == lavin.generate(rows, 8, eos=2, temperature=0.0)
+    rows = make_batch(PROMPTS[::2])  # with several rows, generate uses decode instead
+    expected = lavin.generate(rows, 8, eos=2, temperature=0.0)
+    assert lavin.generate(rows, 8, eos=2, temperature=0.0, step=compiled) == expected
 
 
-def test_a_graph_reads_its_cache_as_a_whole(lavin, monkeypatch):
-    """Traced in one piece, with static shapes, one cache for all answers; what a GPU does with it is not seen here."""
+def test_a_graph_step_with_one_static_cache_equals_decode(lavin, monkeypatch):
+    """The step is traced as one graph with static shapes and one cache for all answers. No GPU is tested."""
     compile, row = torch.compile, make_batch(PROMPTS[:1])
     monkeypatch.setattr(torch, "compile", lambda f, mode, **kw: compile(f, backend="eager", **kw))
     plain = lavin.fold(1).generate(row, 8, eos=2, temperature=0.0)
     graph = compiling.Graph(lavin)
-    for _ in range(2):  # the second time after what the first one left in the cache
+    for _ in range(2):  # in the second round, the cache still holds the first answer
         assert lavin.generate(row, 8, eos=2, temperature=0.0, step=graph) == plain
     assert graph.slots == 256
 
@@ -330,7 +346,8 @@ def test_adapter_file_round_trip_and_refusals(tmp_path, lavin):
     path = tmp_path / "a.safetensors"
     lavin.save(path, format="QCM-A")
     tensors, meta = adapter_files.read_adapters(path)
-    assert meta["format"] == "QCM-A" and meta["lavin"]["adapter"]["tau"] == 10.0 and meta["base"] == weights.fingerprint(lavin)
+    assert meta["format"] == "QCM-A" and meta["lavin"]["adapter"]["tau"] == 10.0
+    assert meta["base"] == weights.fingerprint(lavin)
     other = make_lavin(trained=False)
     adapter_files.fill(trainable(other), tensors, path)
     assert all(torch.equal(a, b) for a, b in zip(trainable(lavin).values(), trainable(other).values()))

@@ -1,6 +1,7 @@
-"""Our models against transformers' (another's code, installed for tests alone), on random weights that it saved itself.
+"""Our models equal those of transformers, an independent implementation, on random weights.
 
-Everything in float32 to 1e-5, relative; the same weights in another layout must give the same bits.
+transformers writes the weights. All tests use float32 and a relative tolerance of 1e-5; the same weights in
+another layout must give the same bits.
 """
 import dataclasses
 import json
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-transformers = pytest.importorskip("transformers", reason="the oracle is transformers; see requirements-dev.txt")
+transformers = pytest.importorskip("transformers", reason="needs transformers; see requirements-dev.txt")
 
 from conftest import close, randomize
 from weights_on_disk import copy_folder, write_meta, write_openai
@@ -30,14 +31,14 @@ def save_llama(folder, eps: float = 1e-5, theta: float = 10000.0, **saving):
     """a random LLaMA of transformers, saved by it"""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=61, rms_norm_eps=eps,
-        rope_theta=theta, max_position_embeddings=64)).eval()
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=61,
+        rms_norm_eps=eps, rope_theta=theta, max_position_embeddings=64)).eval()
     randomize(model, 1.0)
     model.save_pretrained(folder, **saving)
     return model
 
 
-VITS = {  # two heads, and three; 64 wide each, as OpenAI's
+VITS = {  # two or three heads; each is 64 wide, as in OpenAI's models
     "L-like": dict(image_size=42, patch_size=14, hidden_size=128, num_attention_heads=2, num_hidden_layers=4),
     "B-like": dict(image_size=32, patch_size=16, hidden_size=192, num_attention_heads=3, num_hidden_layers=3),
 }
@@ -46,18 +47,19 @@ VITS = {  # two heads, and three; 64 wide each, as OpenAI's
 def save_vit(folder, shape: str = "L-like"):
     torch.manual_seed(0)
     sizes = VITS[shape]
-    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, intermediate_size=4 * sizes["hidden_size"])).eval()
+    config = transformers.CLIPVisionConfig(**sizes, intermediate_size=4 * sizes["hidden_size"])
+    model = transformers.CLIPVisionModel(config).eval()
     randomize(model)
     model.save_pretrained(folder)
     return model
 
 
 def states(blocks: torch.nn.ModuleList) -> list[torch.Tensor]:
-    """a list that fills with the output of every block when the model runs"""
-    seen = []
+    """a list that gets the output of every block when the model runs"""
+    outputs = []
     for block in blocks:
-        block.register_forward_hook(lambda module, args, output: seen.append(output))
-    return seen
+        block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    return outputs
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def test_llama_logits_hidden_states_and_gradients(tmp_path, eps, theta):
     logits = model.output(last)
     assert close(logits, expected.logits)
     assert close(last, expected.hidden_states[-1])
-    for i in range(2):  # transformers shows the last block's state after the norm only
+    for i in range(2):  # transformers returns the last block's state only after the norm
         assert close(hidden[i], expected.hidden_states[i + 1]), f"block {i}"
     direction = torch.randn_like(logits)
     (expected.logits * direction).sum().backward()
@@ -93,7 +95,8 @@ def test_every_llama_layout_gives_the_same_bits(tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     state = reference.state_dict()
     bin_folder = copy_folder(tmp_path / "single", tmp_path / "bin", without="model.safetensors")
-    torch.save(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, bin_folder / "pytorch_model.bin")
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    torch.save(state | inv_freq, bin_folder / "pytorch_model.bin")
     bins = copy_folder(tmp_path / "single", tmp_path / "bins", without="model.safetensors")
     files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(state)}
     for file in set(files.values()):
@@ -111,20 +114,20 @@ def test_every_llama_layout_gives_the_same_bits(tmp_path):
     for layout in ("shards", "bin", "bins", "meta1", "meta2", "meta4", "converted shards", "converted meta2"):
         model = LLaMA.from_pretrained(tmp_path / layout)
         assert torch.equal(model.output(model(tokens)), expected), layout
-    # what we write, transformers reads
+    # transformers reads the files that we write
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "converted meta2")
     assert torch.equal(again(tokens).logits, reference(tokens).logits)
 
 
 def greedy(model: LLaMA, prompts: list[list[int]], n: int, eos: int) -> list[list[int]]:
-    """without adapters: untrained ones are the identity"""
+    """our greedy answers; the untrained adapters are the identity"""
     lavin = LaVIN(model, None, LaVINConfig(vision=False)).eval()
     batch = collate([Example(None, ids[:1], 0, ids[1:], len(ids) - 1) for ids in prompts], 0, "clip")
     return lavin.generate(batch, n, eos, temperature=0)
 
 
 def generate(reference, prompts: list[list[int]], n: int, eos: int) -> list[list[int]]:
-    """transformers pads on the left, and after the end of a row that is done"""
+    """transformers' greedy answers; it pads prompts on the left, and finished rows on the right"""
     T = max(map(len, prompts))
     tokens = torch.tensor([[0] * (T - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -138,7 +141,7 @@ def test_greedy_generation_token_for_token(tmp_path):
     model = LLaMA.from_pretrained(tmp_path)
     prompts = [[1, 9, 20], [1, 5, 6, 7, 8, 40, 41], [1], [1, 33, 34, 35, 36]]
     free = generate(reference, prompts, 24, eos=60)
-    eos = free[1][5]  # so that rows end, and not all at once
+    eos = free[1][5]  # with this EOS, rows end at different lengths
     expected = generate(reference, prompts, 24, eos)
     assert len({len(row) for row in expected}) > 1 and len({token for row in expected for token in row}) > 8
     assert greedy(model, prompts, 24, eos) == expected
@@ -156,7 +159,7 @@ def test_clip_hidden_states_and_every_cls(tmp_path):
         model.cfg.cls_every = 1
         images = torch.randn(2, 3, model.cfg.image_size, model.cfg.image_size)
         ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
-        expected = reference(theirs, output_hidden_states=True).hidden_states[1:]  # first: what enters block 0
+        expected = reference(theirs, output_hidden_states=True).hidden_states[1:]  # without block 0's input
         hidden = states(model.transformer.resblocks)
         cls = model(ours)
         assert len(hidden) == len(expected) == model.n_cls
@@ -174,13 +177,15 @@ def test_every_clip_layout_gives_the_same_bits(tmp_path):
     state = load_file(tmp_path / "alone" / "model.safetensors")
     assert not any(name.startswith("vision_model.") for name in state)
     prefixed = copy_folder(tmp_path / "alone", tmp_path / "prefixed", without="model.safetensors")
-    save_file({f"vision_model.{name}": t for name, t in state.items()}
-              | {"vision_model.embeddings.position_ids": torch.arange(10)[None]}, prefixed / "model.safetensors")
+    position_ids = {"vision_model.embeddings.position_ids": torch.arange(10)[None]}
+    save_file({f"vision_model.{name}": t for name, t in state.items()} | position_ids,
+              prefixed / "model.safetensors")
     bin_folder = copy_folder(tmp_path / "alone", tmp_path / "bin", without="model.safetensors")
     torch.save(state, bin_folder / "pytorch_model.bin")
-    text = transformers.CLIPTextConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                                       vocab_size=50, bos_token_id=1, eos_token_id=2)
-    full = transformers.CLIPModel(transformers.CLIPConfig(vision_config=reference.config.to_dict(), text_config=text.to_dict()))
+    text = transformers.CLIPTextConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=1,
+                                       num_attention_heads=2, vocab_size=50, bos_token_id=1, eos_token_id=2)
+    full = transformers.CLIPModel(transformers.CLIPConfig(vision_config=reference.config.to_dict(),
+                                                          text_config=text.to_dict()))
     full.vision_model.load_state_dict(state)
     full.save_pretrained(tmp_path / "full")
     assert any(name.startswith("text_model.") for name in load_file(tmp_path / "full" / "model.safetensors"))
@@ -205,14 +210,15 @@ def picture(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("normalize", MEAN_STD)
 @pytest.mark.parametrize("size", [(50, 50), (31, 70), (300, 200)])
 def test_preprocessing(size, normalize):
-    """ours is resize to a square and normalise; with a square picture, CLIP's own (shortest edge, then crop) is the same"""
+    """Ours resizes to a square and normalises. CLIP's own resizes the shortest edge and crops."""
     image, (mean, std) = picture(*size), MEAN_STD[normalize]
     ours = preprocess(image, 42, normalize)
     pixels = np.array(image.resize((42, 42), Image.BICUBIC)).astype(np.float64) / 255
     assert close(ours, ((pixels - np.array(mean)) / np.array(std)).transpose(2, 0, 1))
     common = dict(image_mean=mean, image_std=std, return_tensors="pt")
     processor = transformers.CLIPImageProcessorPil()
-    assert close(ours, processor(image, size={"height": 42, "width": 42}, do_center_crop=False, **common).pixel_values[0])
-    if size[0] == size[1]:
+    squared = processor(image, size={"height": 42, "width": 42}, do_center_crop=False, **common)
+    assert close(ours, squared.pixel_values[0])
+    if size[0] == size[1]:  # for a square picture the two are the same
         clips = processor(image, size={"shortest_edge": 42}, crop_size=42, **common).pixel_values[0]
         assert close(ours, clips)

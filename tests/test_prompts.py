@@ -1,18 +1,19 @@
-"""Published files -> prompts and responses, and every mistake in such a file as one line that names the place."""
+"""Prompts and responses from published files; a mistake in a file is one line that names the place."""
 import json
 import os
 from pathlib import Path
 
 import published
 import pytest
+from conftest import one_line
 
 import prompts
 from evaluation import benchmarks, scores
 from prompts import build_prompt, build_response
 
-PROBLEM = {"question": "Which is  red?", "choices": ["sky", "a  rose"], "answer": 1, "hint": "Look.", "image": "image.png",
-           "grade": "grade7", "subject": "natural science", "topic": "color", "lecture": "Some things\nare red.",
-           "solution": "A rose is red.", "split": "train"}
+PROBLEM = {"question": "Which is  red?", "choices": ["sky", "a  rose"], "answer": 1, "hint": "Look.",
+           "image": "image.png", "grade": "grade7", "subject": "natural science", "topic": "color",
+           "lecture": "Some things\nare red.", "solution": "A rose is red.", "split": "train"}
 
 
 def write(folder: Path, problems: dict, splits: dict) -> Path:
@@ -26,25 +27,32 @@ def test_prompt_and_response_formats(tmp_path):
     (sample,) = prompts.read_scienceqa(tmp_path, "train", "QCM-ALE")
     assert sample.prompt == "Question: Which is red?\nContext: Look.\nOptions: (A) sky (B) a rose\nResponse:"
     assert sample.response == "The answer is B. BECAUSE: Some things\\nare red. A rose is red."
-    assert sample.image == tmp_path / "images/train/5/image.png" and sample.problem["subject"] == "natural science"
-    assert build_prompt("Q?", "", ["x", "y"], "CQM-A") == "Context: N/A\nQuestion: Q?\nOptions: (A) x (B) y\nResponse:"
+    assert sample.image == tmp_path / "images/train/5/image.png"
+    assert sample.problem["subject"] == "natural science"
+    prompt = build_prompt("Q?", "", ["x", "y"], "CQM-A")
+    assert prompt == "Context: N/A\nQuestion: Q?\nOptions: (A) x (B) y\nResponse:"
     assert build_prompt("Q?", "", [], "QCM-A") == "Question: Q?\nContext: N/A\nResponse:"
-    with pytest.raises(ValueError, match=r"the question has 6 options; at most 5 are possible, \(A\) to \(E\)"):
+    with pytest.raises(ValueError, match="the question has 6 options; at most 5 are possible, .A. to .E."):
         build_prompt("Q?", "", list("uvwxyz"))
     bare = {**PROBLEM, "lecture": "", "solution": ""}
     assert build_response(bare, "QCM-ALE") == "The answer is B."
     lecture, solution = "Some things\\nare red.", "A rose is red."
-    for form, text in {"A": "The answer is B.", "AL": f"The answer is B. BECAUSE: {solution}",
-                       "AE": f"The answer is B. BECAUSE: {lecture}", "AEL": f"The answer is B. BECAUSE: {solution} {lecture}",
-                       "LA": f"{lecture} The answer is B.", "EA": f"{solution} The answer is B.",
-                       "LEA": f"{lecture} {solution} The answer is B.", "ELA": f"{solution} {lecture} The answer is B."}.items():
+    answer = "The answer is B."
+    for form, text in {"A": answer,
+                       "AL": f"{answer} BECAUSE: {solution}",
+                       "AE": f"{answer} BECAUSE: {lecture}",
+                       "AEL": f"{answer} BECAUSE: {solution} {lecture}",
+                       "LA": f"{lecture} {answer}",
+                       "EA": f"{solution} {answer}",
+                       "LEA": f"{lecture} {solution} {answer}",
+                       "ELA": f"{solution} {lecture} {answer}"}.items():
         assert build_response(PROBLEM, f"QCM-{form}") == text
     for form in ("QXM-A", "QCM", "QCM-Z", "QQ-A", "-A"):
         with pytest.raises(ValueError, match="unknown prompt format"):
             prompts.check_format(form)
 
 
-def test_captions_join_the_hint(tmp_path):
+def test_captions_are_appended_to_the_hint(tmp_path):
     write(tmp_path, {"5": PROBLEM, "6": {**PROBLEM, "hint": "", "image": None}}, {"train": ["5", "6"]})
     (tmp_path / "captions.json").write_text(json.dumps({"captions": {"5": "A rose."}}))
     with_picture, without = prompts.read_scienceqa(tmp_path, "train", captions=True)
@@ -52,14 +60,17 @@ def test_captions_join_the_hint(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"answer": 2}, "problem 5: answer 2 does not fit its 2 choices"), ({"choices": ["x"], "answer": 0}, "problem 5: answer 0"),
-    ({"question": None}, "problem 5: 'question' is missing or not str"), ({"answer": "B"}, "problem 5: 'answer'"),
+    ({"answer": 2}, "problem 5: answer 2 does not fit its 2 choices"),
+    ({"choices": ["x"], "answer": 0}, "problem 5: answer 0"),
+    ({"question": None}, "problem 5: 'question' is missing or not str"),
+    ({"answer": "B"}, "problem 5: 'answer'"),
     ({"choices": "ab"}, "problem 5: 'choices'"), (None, "problem 5: 'question'"),
     ({"choices": ["sky", 3]}, "problem 5: 'choices' holds something that is not str"),
     ({"answer": True}, "problem 5: 'answer' is missing or not int"), ({"answer": -1}, "problem 5: answer -1"),
     ({"image": 3}, "problem 5: 'image' is missing or not"),
     ({"grade": ""}, "problem 5: 'grade' is ''; expected grade1 to grade12"),
-    ({"grade": "gradeX"}, "problem 5: 'grade' is 'gradeX'"), ({"grade": "grade7 "}, "problem 5: 'grade' is 'gr")])
+    ({"grade": "gradeX"}, "problem 5: 'grade' is 'gradeX'"),
+    ({"grade": "grade7 "}, "problem 5: 'grade' is 'gr")])
 def test_malformed_problem_is_named(tmp_path, change, message):
     write(tmp_path, {"5": change and {**PROBLEM, **change}}, {"train": ["5"]})
     with pytest.raises(ValueError, match=message):
@@ -84,9 +95,10 @@ def test_malformed_files(tmp_path):
 
 def test_alpaca(tmp_path):
     samples = prompts.read_instructions(published.alpaca(tmp_path / "alpaca_data.json"))
-    assert samples[0].prompt == "Instruction: Name 1 colors. Start with red.\nResponse:" and samples[0].response == "red, green"
+    assert samples[0].prompt == "Instruction: Name 1 colors. Start with red.\nResponse:"
+    assert samples[0].response == "red, green"
     assert samples[1].prompt == "Instruction: Name 2 colors.\nResponse:" and samples[1].image is None
-    assert len(samples) == 6 and samples[5].response == ""  # dropped and counted when it is tokenised
+    assert len(samples) == 6 and samples[5].response == ""  # tokenising drops and counts this sample
 
 
 def test_code_keeps_its_indentation(tmp_path):
@@ -95,32 +107,35 @@ def test_code_keeps_its_indentation(tmp_path):
     assert sample.prompt == "Instruction: Fix:\n    x  = 1\nResponse:" and sample.response == "if x:\n    y"
 
 
-def test_the_six_lines_that_document_own_data(tmp_path):
+def test_the_six_documented_lines_of_own_data(tmp_path):
     lines = [line.strip() for line in prompts.__doc__.splitlines() if line.strip().startswith("{")]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n\n")
     published.put(tmp_path / "mine.json", [json.loads(line) for line in lines])
     published.picture(tmp_path / "cat.jpg")
     a, b = (next(prompts.mixture(f"json:{tmp_path}/mine.{x}")).read() for x in ("jsonl", "json"))
     assert a == b and len(a) == 6 and [s.image for s in a] == [tmp_path / "cat.jpg"] * 2 + [None] * 4
-    assert a[2].prompt == "Instruction: Translate to French. Good morning.\nResponse:" and a[2].response == "Bonjour."
+    assert a[2].prompt == "Instruction: Translate to French. Good morning.\nResponse:"
+    assert a[2].response == "Bonjour."
     (tmp_path / "mine.jsonl").write_text('{"instruction": "one\u2028line", "output": "x"}', encoding="utf-8")
     assert len(prompts.read_instructions(tmp_path / "mine.jsonl")) == 1
 
 
 @pytest.mark.parametrize("prefix", ["COCO_train2014_", ""])
-def test_llava_every_pair_is_a_sample(tmp_path, prefix):
+def test_every_question_and_answer_of_llava_is_a_sample(tmp_path, prefix):
     (source,) = prompts.mixture(f"llava:{published.llava(tmp_path, prefix)}")
     samples = source.read()
     assert [(s.prompt, s.response) for s in samples] == [
         (f"Instruction: {q}\nResponse:", a) for q, a in [
-            ("Why is it so green?", "Because it is painted."), ("Describe it in detail.", "It is blue all over."),
-            ("Describe it.", "It is white."), ("What color is it?", "Blue."), ("Is it red?", "No, it is blue."),
-            ("Are you sure?", "Yes.")]]
+            ("Why is it so green?", "Because it is painted."),
+            ("Describe it in detail.", "It is blue all over."),
+            ("Describe it.", "It is white."), ("What color is it?", "Blue."),
+            ("Is it red?", "No, it is blue."), ("Are you sure?", "Yes.")]]
     assert [s.image.name for s in samples] == [f"{prefix}{k:012}.jpg" for k in (1, 2, 3, 2, 2, 2)]
     whole = published.llava_joined(tmp_path)
     joined, from_folder = (prompts.read_llava(p) for p in (whole, tmp_path))
-    assert [(s.prompt, s.response, s.image) for s in joined] == [(s.prompt, s.response, s.image) for s in samples]
-    assert from_folder == joined  # not joined and parts both
+    fields = lambda samples: [(s.prompt, s.response, s.image) for s in samples]
+    assert fields(joined) == fields(samples)
+    assert from_folder == joined  # a folder with both the joined file and its parts is read once
     part, = prompts.mixture(f"llava:{tmp_path / 'detail_23k.json'}:{tmp_path / 'train2014'}")
     assert len(part.read()) == 2
     assert not any(s.image for s in source.read(vision=False))
@@ -129,16 +144,21 @@ def test_llava_every_pair_is_a_sample(tmp_path, prefix):
 def test_coco_karpathy(tmp_path):
     (source,) = prompts.mixture(f"coco:{published.coco(tmp_path)}")
     train, test = source.read("train"), source.read("test")
-    assert len(train) == 10 and {s.image.parent.name for s in train} == {"train2014", "val2014"}  # restval is in val2014
-    assert train[2].response == "A red picture of nothing" and train[0].prompt == f"Instruction: {prompts.CAPTION}\nResponse:"
-    assert [s.id for s in test] == ["103", "104"] and not test[0].response and len(test[0].problem["captions"]) == 5
-    with pytest.raises(ValueError, match="dataset_coco.json: no image of split 'dev'; it has test, train, val"):
-        source.read("dev")
+    assert len(train) == 10
+    assert {s.image.parent.name for s in train} == {"train2014", "val2014"}  # restval is in val2014
+    assert train[2].response == "A red picture of nothing"
+    assert train[0].prompt == f"Instruction: {prompts.CAPTION}\nResponse:"
+    assert [s.id for s in test] == ["103", "104"]
+    assert not test[0].response and len(test[0].problem["captions"]) == 5
+    told = one_line(source.read, "dev")
+    assert "dataset_coco.json: no image of split 'dev'; it has test, train, val" in told
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"output": None}, "a.json: record 1: 'output' is missing or not str"), ({"input": 3}, "a.json: record 1: 'input'"),
-    ({"instruction": 3}, "a.json: record 1: 'instruction'"), ({"image": 4}, "a.json: record 1: 'image'")])
+    ({"output": None}, "a.json: record 1: 'output' is missing or not str"),
+    ({"input": 3}, "a.json: record 1: 'input'"),
+    ({"instruction": 3}, "a.json: record 1: 'instruction'"),
+    ({"image": 4}, "a.json: record 1: 'image'")])
 def test_malformed_instruction_is_named(tmp_path, change, message):
     good = {"instruction": "x", "input": "", "output": "y"}
     published.put(tmp_path / "a.json", [good, {**good, **change}])
@@ -162,22 +182,24 @@ def test_malformed_files_are_named(tmp_path):
         prompts.read_instructions(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("said", [[], [("human", "x")], [("gpt", "x"), ("human", "y")], [("human", "x"), ("human", "y")]])
-def test_malformed_conversation_is_named(tmp_path, said):
-    published.put(tmp_path / "c.json", [{"image": "x.jpg", "conversations": [{"from": a, "value": b} for a, b in said]}])
+@pytest.mark.parametrize("speakers", [[], ["human"], ["gpt", "human"], ["human", "human"]])
+def test_malformed_conversation_is_named(tmp_path, speakers):
+    turns = [{"from": speaker, "value": "x"} for speaker in speakers]
+    published.put(tmp_path / "c.json", [{"image": "x.jpg", "conversations": turns}])
     with pytest.raises(ValueError, match="c.json: record 0: 'conversations' do not go human, gpt"):
         prompts.read_llava(tmp_path / "c.json")
 
 
-def test_missing_pictures_are_told_before_anything_runs(tmp_path):
+def test_missing_pictures_are_reported_before_anything_runs(tmp_path):
     published.scienceqa(tmp_path / "s", {"train": 8})
     (tmp_path / "s/images/train/4/image.png").unlink()
     published.llava(tmp_path / "l")
     for f in list((tmp_path / "l/train2014").iterdir())[:2]:
         f.unlink()
-    for spec, message in ((f"{tmp_path}/s", r"train/4/image.png: no such picture, needed by sample 4$"),
-                          (f"llava:{tmp_path}/l", r"jpg: no such picture, needed by sample .*more are missing\)"),
-                          (f"llava:{tmp_path}/l:{tmp_path}/nowhere", "nowhere/000000000001.jpg: no such picture")):
+    for spec, message in (
+            (f"{tmp_path}/s", r"train/4/image.png: no such picture, needed by sample 4$"),
+            (f"llava:{tmp_path}/l", r"jpg: no such picture, needed by sample .*more are missing\)"),
+            (f"llava:{tmp_path}/l:{tmp_path}/nowhere", "nowhere/000000000001.jpg: no such picture")):
         with pytest.raises(ValueError, match=message):
             next(prompts.mixture(spec)).read()
     assert len(next(prompts.mixture(f"{tmp_path}/s")).read(vision=False)) == 8
@@ -189,12 +211,14 @@ def test_missing_pictures_are_told_before_anything_runs(tmp_path):
 def test_mixture_by_name():
     a, b, c = prompts.mixture("alpaca:x/alpaca_data.json, llava:y:pictures,z/ScienceQA")
     assert (a.kind, a.path, a.images) == ("alpaca", "x/alpaca_data.json", None)
-    assert (b.kind, b.path, b.images) == ("llava", "y", Path("pictures")) and (c.kind, c.path) == ("scienceqa", "z/ScienceQA")
+    assert (b.kind, b.path, b.images) == ("llava", "y", Path("pictures"))
+    assert (c.kind, c.path) == ("scienceqa", "z/ScienceQA")
 
 
 @pytest.mark.parametrize("spec, message", [
     ("lava:x", "unknown kind 'lava'; did you mean llava\\?; known: scienceqa, alpaca"),
-    ("alpaca:", "names no file or folder; expected alpaca:PATH"), ("", "names no file or folder"), ("alpaca:x,", "names no file"), ("alpaca:x:y", "alpaca takes no folder of pictures")])
+    ("alpaca:", "names no file or folder; expected alpaca:PATH"), ("", "names no file or folder"),
+    ("alpaca:x,", "names no file"), ("alpaca:x:y", "alpaca takes no folder of pictures")])
 def test_mixture_mistakes(spec, message):
     with pytest.raises(ValueError, match=message):
         list(prompts.mixture(spec))
@@ -204,7 +228,8 @@ def test_mme_in_both_layouts(tmp_path):
     published.mme(tmp_path, {"existence": 2, "artwork": 3})
     samples = benchmarks.read_mme(tmp_path, ["existence", "artwork", "OCR"])
     prompts.check_pictures(samples)
-    names = ["existence/0000.jpg", "existence/0001.png", "artwork/0000.jpg", "artwork/0001.png", "artwork/0002.jpg"]
+    names = ["existence/0000.jpg", "existence/0001.png",
+             "artwork/0000.jpg", "artwork/0001.png", "artwork/0002.jpg"]
     assert [s.id for s in samples] == [f"{name}:{line}" for name in names for line in (1, 2)]
     assert samples[0].prompt == "Instruction: Is this picture red? Please answer yes or no.\nResponse:"
     assert [s.problem["answer"] for s in samples] == ["Yes", "No"] * 5
@@ -221,8 +246,8 @@ def test_mme_in_both_layouts(tmp_path):
 def test_truthfulqa(tmp_path):
     sky, dog = benchmarks.read_truthfulqa(published.truthfulqa(tmp_path / "mc_task.json"))
     assert sky.prompt == "Instruction: What color is the sky?\nResponse:" and dog.id == "1"
-    for change in ({"mc1_targets": {"x": 1, "y": 1, "z": 0}}, {"mc1_targets": {"x": 0}}, {"mc2_targets": {"x": 1}},
-                   {"mc2_targets": []}):
+    for change in ({"mc1_targets": {"x": 1, "y": 1, "z": 0}}, {"mc1_targets": {"x": 0}},
+                   {"mc2_targets": {"x": 1}}, {"mc2_targets": []}):
         published.put(tmp_path / "bad.json", [{**dog.problem, **change}])
         with pytest.raises(ValueError, match="bad.json: record 0: 'mc"):
             benchmarks.read_truthfulqa(tmp_path / "bad.json")
@@ -232,13 +257,6 @@ def test_truthfulqa(tmp_path):
 # hostile files
 
 OUTSIDE = ("../x.png", "a/../../x.png", "..", "/etc/x.png")
-
-
-def one_line(reader, *args, **kw) -> str:
-    with pytest.raises((ValueError, OSError)) as e:
-        reader(*args, **kw)
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -260,7 +278,7 @@ def test_a_name_that_leaves_its_folder_is_refused(tmp_path, name):
         assert f"c.json: image 0: {refused}" in one_line(prompts.read_coco, tmp_path / "c.json")
 
 
-def test_names_inside_and_symbolic_links_are_accepted(tmp_path):
+def test_names_inside_the_folder_and_symbolic_links_are_accepted(tmp_path):
     published.picture(tmp_path / "elsewhere/cat.jpg")
     published.picture(tmp_path / "data/sub/dog..jpg")
     (tmp_path / "data/cat.jpg").symlink_to(tmp_path / "elsewhere/cat.jpg")
@@ -303,21 +321,21 @@ def test_broken_json_is_named(tmp_path, name):
     write(tmp_path, {"5": PROBLEM}, {"train": ["5"]})
     wrong = WRONG_LISTS + WRONG_DICTS
     if name == "p.json":
-        wrong = WRONG_LISTS  # any dict will do, until it is scored
+        wrong = WRONG_LISTS  # reading accepts any dict; scoring checks it
     for content in NOT_JSON + wrong:
         (tmp_path / name).write_bytes(content)
         assert name in one_line(READERS[name], tmp_path), content[:100]
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_pipe_or_a_folder_is_no_file(tmp_path, name):
+def test_a_pipe_or_a_folder_is_not_read_as_a_file(tmp_path, name):
     write(tmp_path, {"5": PROBLEM}, {"train": ["5"]})
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     assert f"{name}: no such file; expected" in one_line(READERS[name], tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
-    if name not in ("dataset_coco.json", "detail_23k.json"):  # their readers take a folder, too
+    if name not in ("dataset_coco.json", "detail_23k.json"):  # the readers of these two also accept a folder
         assert f"{name}: no such file; expected" in one_line(READERS[name], tmp_path)
 
 
@@ -331,13 +349,13 @@ NO_CAPTIONS = {"captions": {}}
     ({"train": ["5"]}, [], "captions.json: 'captions' is missing or not dict"),
     ({"train": ["5"]}, {"captions": ["x"]}, "captions.json: 'captions' is missing or not dict"),
     ({"train": ["5"]}, {"captions": {"5": 3}}, "captions.json: '5' is missing or not str")])
-def test_wrong_types_around_the_problems(tmp_path, splits, captions, message):
+def test_wrong_types_in_splits_and_captions(tmp_path, splits, captions, message):
     write(tmp_path, {"5": PROBLEM}, splits)
     published.put(tmp_path / "captions.json", captions)
     assert message in one_line(prompts.read_scienceqa, tmp_path, "train", captions=True)
 
 
-def test_escaped_pairs_and_a_byte_order_mark_are_text(tmp_path):
+def test_escaped_surrogate_pairs_and_a_byte_order_mark_are_accepted(tmp_path):
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"instruction": "smile", "output": "\\ud83d\\ude00"}]')
     assert prompts.read_instructions(tmp_path / "a.json")[0].response == "\U0001f600"
 

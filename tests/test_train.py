@@ -1,4 +1,4 @@
-"""The loop: any split of the batch gives the same update, nothing is lost when it is stopped, mistakes are one line."""
+"""Training: any split of a batch gives the same update, a stopped run resumes, mistakes are one line."""
 import dataclasses
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES, run_main
 from safetensors.torch import load_file
 
 import cli
@@ -26,14 +26,14 @@ def small_world(tmp_path_factory) -> Path:
 
 
 def flags(small_world, out, **kw) -> list[str]:
-    kw = {"data": small_world, "out": out, "split": "", "llama": ROOT / "tiny/llama", "clip": ROOT / "tiny/clip",
-          "batch_size": 8, "micro_batch": 8, "save_every": 2, "log_every": 1, "device": "cpu", **kw}
+    kw = {"data": small_world, "out": out, "split": "",
+          "llama": ROOT / "tiny/llama", "clip": ROOT / "tiny/clip", "device": "cpu",
+          "batch_size": 8, "micro_batch": 8, "save_every": 2, "log_every": 1, **kw}
     return [x for k, v in kw.items() for x in ((f"--{k}",) if v is True else (f"--{k}", str(v)))]
 
 
 def run(monkeypatch, argv: list[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    cli.run(train.main)
+    run_main(monkeypatch, train.main, *argv)
 
 
 def fails(monkeypatch, argv: list[str]) -> str:
@@ -54,23 +54,24 @@ def same_bits(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path, monkeypatch, dropout):
-    """The released loss is a mean of micro-batch means, so it depends on this split; here only rounding does.
+    """Splits differ only by rounding. The released loss is a mean of micro-batch means and depends on them.
 
-    At the paper's rate: Adam divides a gradient by its own size, so where that is nearly zero (a router's, while its two
-    experts are alike) it turns rounding into up to a hundredth of a whole step.
+    The test uses the paper's learning rate. Adam divides each gradient by its own magnitude. A router's
+    gradient is nearly zero while its two experts are alike, so there rounding can change a step by up to a
+    hundredth.
     """
     start = dict(steps=5, epochs=20, warmup=3, lr=9e-3, dropout=dropout)
     for name, micro in (("one", 8), ("two", 4), ("many", 3)):
         run(monkeypatch, flags(small_world, tmp_path / name, micro_batch=micro, **start))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
-               *flags(small_world, tmp_path / "ranks", micro_batch=4, **start)]
+    command = [*TWO_PROCESSES, "train.py", *flags(small_world, tmp_path / "ranks", micro_batch=4, **start)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one = adapters(tmp_path / "one")
     moved = max(x.abs().max().item() for n, x in one.items() if "phi_u" in n)
     assert moved > 1e-4, "nothing was learned, so nothing was compared"
-    assert same_bits(tmp_path / "two", tmp_path / "ranks")  # the very same sums, here made in one process, there in two
-    whole = sum(json.loads(line)["lr"] for line in open(tmp_path / "one/log.jsonl"))  # Adam moves nothing further than that
+    assert same_bits(tmp_path / "two", tmp_path / "ranks")  # two processes compute the same sums as one
+    # Adam moves no parameter further than the sum of the learning rates
+    whole = sum(json.loads(line)["lr"] for line in open(tmp_path / "one/log.jsonl"))
     for name in ("two", "many", "ranks"):
         other = adapters(tmp_path / name)
         for n in one:
@@ -79,7 +80,7 @@ def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path,
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux shows them")
 def test_no_thread_outlives_the_process_group(tmp_path):
-    """one of gloo's that does may abort the process while Python shuts down"""
+    """A thread of gloo that outlives it may abort the process while Python shuts down."""
     (tmp_path / "two.py").write_text("""if True:
         import os
         import cli
@@ -90,18 +91,18 @@ def test_no_thread_outlives_the_process_group(tmp_path):
             within = len(os.listdir("/proc/self/task"))
         os.write(1, f"{within > 1} {len(os.listdir('/proc/self/task'))}\\n".encode())
         """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "two.py")]
-    told = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    out = subprocess.run(command, env=told, stdout=subprocess.PIPE, text=True, timeout=120, check=True).stdout
+    command = [*TWO_PROCESSES, str(tmp_path / "two.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=120, check=True).stdout
     assert out.splitlines() == ["True 1"] * 2
 
 
 def test_resume_is_bit_exact(small_world, tmp_path, monkeypatch):
-    straight, stopped = flags(small_world, tmp_path / "a", dropout=0.1), flags(small_world, tmp_path / "b", dropout=0.1)
+    straight, stopped = (flags(small_world, tmp_path / name, dropout=0.1) for name in "ab")
     run(monkeypatch, [*straight, "--steps", "6"])
     run(monkeypatch, [*stopped, "--steps", "3"])
     assert not same_bits(tmp_path / "a", tmp_path / "b")
-    with open(tmp_path / "b/log.jsonl", "a") as log:  # as if killed a step after the checkpoint, while it wrote
+    with open(tmp_path / "b/log.jsonl", "a") as log:  # as if killed while writing the line of step 5
         log.write('{"step": 4, "loss": 9.0}\n{"step": 5')
     run(monkeypatch, [*stopped, "--steps", "6", "--resume"])
     assert same_bits(tmp_path / "a", tmp_path / "b")
@@ -109,7 +110,7 @@ def test_resume_is_bit_exact(small_world, tmp_path, monkeypatch):
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and all(r["loss"] > 0 for r in rows)
 
 
-def test_killed_at_any_moment_nothing_is_lost(small_world, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_exactly(small_world, tmp_path, monkeypatch):
     command = [sys.executable, "train.py", *flags(small_world, tmp_path / "k", epochs=500)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     while not (tmp_path / "k/checkpoint.pt").is_file():
@@ -122,7 +123,7 @@ def test_killed_at_any_moment_nothing_is_lost(small_world, tmp_path, monkeypatch
     run(monkeypatch, flags(small_world, tmp_path / "s", epochs=500, steps=done + 2))
     assert same_bits(tmp_path / "k", tmp_path / "s")
     steps = [json.loads(line)["step"] for line in open(tmp_path / "k/log.jsonl")]
-    assert steps == list(range(1, done + 3))  # what was done after the checkpoint stands there once
+    assert steps == list(range(1, done + 3))  # steps after the checkpoint are logged only once
 
 
 def test_frozen_tensors_keep_every_bit(small_world, tmp_path, monkeypatch):
@@ -139,7 +140,8 @@ def test_frozen_tensors_keep_every_bit(small_world, tmp_path, monkeypatch):
     assert changed == {n for n in kept["before"] if "adapter_" in n}
 
 
-@pytest.mark.parametrize("choice", [["--no-vision", "--adapter", "rep"], ["--no-vit_adapters", "--adapter", "rep"]])
+@pytest.mark.parametrize("choice", [["--no-vision", "--adapter", "rep"],
+                                    ["--no-vit_adapters", "--adapter", "rep"]])
 def test_rows_of_table_2_train_and_answer(small_world, tmp_path, monkeypatch, capsys, choice):
     run(monkeypatch, [*flags(small_world, tmp_path, steps=2, split="test", max_new_tokens=4), *choice])
     assert "NAT" in capsys.readouterr().out
@@ -147,7 +149,7 @@ def test_rows_of_table_2_train_and_answer(small_world, tmp_path, monkeypatch, ca
     assert len(answers) == 8 and json.loads((tmp_path / "scores.json").read_text())["columns"]["Avg"][1] == 8
 
 
-def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch):
     def message(*argv, **kw):
         text = fails(monkeypatch, [*flags(small_world, tmp_path / "out", **kw), *argv])
         assert "\n" not in text.strip() and "Traceback" not in text
@@ -162,26 +164,34 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch, capsys):
     assert "known: mm, rep" in message(adapter="nonesuch")
     assert "known: auto, fp32, bf16" in message(dtype="int3")
     assert "nothing to resume from" in message("--resume")
-    assert message(micro_batch=0) == "2" and "--micro_batch 0: expected a number of at least 1" in capsys.readouterr().err
     assert "adapter width 7: expected an even number" in message(adapter_dim=7)
     assert "more than the LLaMA's context" in message(max_len=10 ** 6)
     assert "no sample of the train split" in message(max_len=2)
-    assert fails(monkeypatch, ["--batchsize", "3"]) == "2"
-    assert "unknown flag --batchsize; did you mean --batch_size" in capsys.readouterr().err
-    assert fails(monkeypatch, ["--zzzz"]) == "2" and "unknown flag --zzzz; see --help" in capsys.readouterr().err
-    assert fails(monkeypatch, ["--recipe", "soup"]) == "2" and "known: tiny, paper" in capsys.readouterr().err
-    assert fails(monkeypatch, ["--batch_size", "many"]) == "2" and "invalid int value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--micro_batch", "0"], "--micro_batch 0: expected a number of at least 1"),
+    (["--batchsize", "3"], "unknown flag --batchsize; did you mean --batch_size"),
+    (["--zzzz"], "unknown flag --zzzz; see --help"),
+    (["--recipe", "soup"], "known: tiny, paper"),
+    (["--batch_size", "many"], "invalid int value")])
+def test_mistakes_in_flags_exit_with_2(monkeypatch, capsys, argv, message):
+    assert fails(monkeypatch, argv) == "2" and message in capsys.readouterr().err
+
+
+def test_mistakes_in_resuming_are_one_line(small_world, tmp_path, monkeypatch):
+    def message(data=small_world, **kw):
+        return fails(monkeypatch, [*flags(data, tmp_path / "r", **kw), "--resume"])
+
     run(monkeypatch, flags(small_world, tmp_path / "r", steps=1))
-    text = fails(monkeypatch, [*flags(small_world, tmp_path / "r", lr=0.5), "--resume"])
-    assert "--resume continues a run with lr 0.048, not 0.5" in text
+    assert "--resume continues a run with lr 0.048, not 0.5" in message(lr=0.5)
     world.write(tmp_path / "other", seed=6, sizes={"test": 8, "val": 4, "train": 40})
-    text = fails(monkeypatch, [*flags(tmp_path / "other", tmp_path / "r"), "--resume"])
-    assert "--resume continues a run with data" in text
+    assert "--resume continues a run with data" in message(tmp_path / "other")
     (tmp_path / "r/checkpoint.pt").write_bytes(b"not a checkpoint")
-    assert "checkpoint.pt: damaged or cut short" in fails(monkeypatch, [*flags(small_world, tmp_path / "r"), "--resume"])
+    assert "checkpoint.pt: damaged or cut short" in message()
 
 
-def test_a_bad_picture_is_one_line_from_a_worker_too(tmp_path, monkeypatch):
+def test_a_bad_picture_is_one_line_with_and_without_workers(tmp_path, monkeypatch):
     world.write(tmp_path / "w", seed=5, sizes={"test": 8, "val": 4, "train": 24})
     for image in (tmp_path / "w/images/train").rglob("*.png"):
         image.write_bytes(b"no picture")
@@ -193,20 +203,23 @@ def test_a_bad_picture_is_one_line_from_a_worker_too(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run(small_world, tmp_path, monkeypatch):
     text = fails(monkeypatch, flags(small_world, tmp_path, steps=20, lr=1e30, warmup=0))
     assert "is not finite; its samples: " in text and "\n" not in text
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["adapters"] if (tmp_path / "checkpoint.pt").exists() else {}
-    assert all(x.isfinite().all() for x in saved.values())
+    if (tmp_path / "checkpoint.pt").exists():
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["adapters"]
+        assert all(x.isfinite().all() for x in saved.values())
 
 
-def test_the_paper_recipe_is_the_papers():
+def test_the_paper_recipe_has_the_papers_values():
     cfg = cli.parse(train.Config, train.RECIPES, ["--recipe", "paper"])
-    assert (cfg.epochs, cfg.batch_size, cfg.weight_decay, cfg.warmup, cfg.adapter_dim, cfg.tau) == (20, 32, 0.02, 2, 8, 10)
-    assert cfg.lr * cfg.batch_size / 256 == pytest.approx(1.125e-3) and cfg.format == "QCM-ALE" and cfg.max_len == 512
+    assert (cfg.epochs, cfg.batch_size, cfg.weight_decay, cfg.warmup) == (20, 32, 0.02, 2)
+    assert (cfg.adapter_dim, cfg.tau, cfg.format, cfg.max_len) == (8, 10, "QCM-ALE", 512)
+    assert cfg.lr * cfg.batch_size / 256 == pytest.approx(1.125e-3)
     tiny = cli.parse(train.Config, train.RECIPES, ["--epochs", "1"])
     assert tiny.epochs == 1 and tiny.format == "QCM-EA"
 
 
 def test_dashes_in_flags_are_underscores():
-    cfg = cli.parse(train.Config, train.RECIPES, ["--dry-run", "--no-vit-adapters", "--micro-batch=4", "--out", "my-run"])
+    argv = ["--dry-run", "--no-vit-adapters", "--micro-batch=4", "--out", "my-run"]
+    cfg = cli.parse(train.Config, train.RECIPES, argv)
     assert cfg.dry_run and not cfg.vit_adapters and cfg.micro_batch == 4 and cfg.out == "my-run"
 
 

@@ -1,4 +1,4 @@
-"""The small world: no leak from test to training, no way to guess a picture's answer from the words, all columns filled."""
+"""The small world: no problem repeats, words alone do not give a picture's answer, no column is empty."""
 import json
 import random
 from collections import Counter
@@ -29,17 +29,18 @@ def splits(folder):
     return {split: prompts.read_scienceqa(folder, split, "QCM-EA") for split in ("train", "val", "test")}
 
 
-def test_no_problem_comes_twice(splits):
-    seen = [(s.prompt, s.image and s.image.read_bytes()) for samples in splits.values() for s in samples]
-    assert len(seen) == 1260 and len(set(seen)) == len(seen)
+def test_no_problem_repeats(splits):
+    problems = [(s.prompt, s.image and s.image.read_bytes()) for samples in splits.values() for s in samples]
+    assert len(problems) == 1260 and len(set(problems)) == len(problems)
 
 
-def test_all_columns_fill(splits):
+def test_no_column_is_empty(splits):
     counts = scores.scienceqa(splits["test"], {s.id: "" for s in splits["test"]})["columns"]
     assert all(n >= 20 for _, n in counts.values()), counts
     assert 0.6 < counts["IMG"][1] / 300 < 0.85
     kinds = Counter(s.problem["kind"] for s in splits["train"] if s.image)
-    assert kinds.keys() == {"color", "shape", "count", "position", "size", "relation", "compare"} and min(kinds.values()) > 40
+    assert kinds.keys() == {"color", "shape", "count", "position", "size", "relation", "compare"}
+    assert min(kinds.values()) > 40
 
 
 def test_solutions_end_in_the_right_option(splits):
@@ -50,7 +51,7 @@ def test_solutions_end_in_the_right_option(splits):
         assert s.response == f"{p['solution']} The answer is {'ABCDE'[p['answer']]}."
 
 
-def test_solutions_of_pictures_begin_with_what_there_is_to_see(splits):
+def test_solutions_of_picture_problems_begin_with_a_description(splits):
     for s in splits["train"]:
         assert s.problem["solution"].startswith(("There is ", "There are ")) == (s.image is not None)
 
@@ -61,11 +62,12 @@ def test_letters_are_balanced(splits):
         assert max(letters.values()) - min(letters.values()) <= n
 
 
-def test_the_words_of_a_picture_problem_do_not_tell_its_answer(splits):
-    """Whoever answers by what was most often right for such a question in training stays near chance."""
-    often = Counter((s.problem["question"], s.problem["choices"][s.problem["answer"]]) for s in splits["train"] if s.image)
+def test_the_words_of_a_picture_problem_do_not_give_its_answer(splits):
+    """Choosing the option that was most often right for the same question in training stays near chance."""
+    answer = lambda p: p["choices"][p["answer"]]
+    often = Counter((s.problem["question"], answer(s.problem)) for s in splits["train"] if s.image)
     asked = [s.problem for s in splits["test"] if s.image]
-    right = sum(max(p["choices"], key=lambda c: often[p["question"], c]) == p["choices"][p["answer"]] for p in asked)
+    right = sum(max(p["choices"], key=lambda c: often[p["question"], c]) == answer(p) for p in asked)
     chance = sum(1 / len(p["choices"]) for p in asked)
     assert abs(right - chance) / len(asked) < 0.10  # 160 problems: two and a half standard deviations
 
@@ -81,12 +83,13 @@ def test_the_same_seed_gives_the_same_world(folder, tmp_path):
             assert image.read_bytes() == (tmp_path / "images" / split / id / "image.png").read_bytes()
 
 
-def test_what_is_embedded_is_small():
-    files = [f for f in (ROOT / "tiny").rglob("*") if f.is_file() and "data" not in f.parts and "__pycache__" not in f.parts]
-    assert sum(f.stat().st_size for f in files if f.suffix in (".safetensors", ".model", ".json", ".png")) < 12e6
+def test_the_embedded_files_are_small():
+    files = [f for f in (ROOT / "tiny").rglob("*")
+             if f.suffix in (".safetensors", ".model", ".json", ".png") and "data" not in f.parts]
+    assert sum(f.stat().st_size for f in files) < 12e6
 
 
-def test_stacked_words_add_up_where_they_stand():
+def test_the_embeddings_of_stacked_words_are_summed_at_their_position():
     tokenizer = Tokenizer(ROOT / "tiny/llama/tokenizer.model")
     scene = scenes.random_scene(random.Random(0), "two")
     document = [(corpus.stack(random.Random(1), scene), ""), ("Question: Which?\nResponse:", "It.")]
@@ -98,11 +101,13 @@ def test_stacked_words_add_up_where_they_stand():
         x = make_llm.embed(model, make_llm.pad([(ids, target, stacked)] * 2))  # [2, T, 8]
     words = model.tok_embeddings.weight
     for i, said in enumerate(document[0][0]):
-        total = sum((weight * words[tokenizer.encode(word)[0]] for word, weight in said.items()), torch.zeros(8))
+        total = torch.zeros(8)
+        for word, weight in said.items():
+            total = total + weight * words[tokenizer.encode(word)[0]]
         assert torch.allclose(x[1, start + i], total, atol=1e-6)
     assert torch.equal(x[0, start + 6:], words[ids[start + 6:]])
 
 
-def test_the_tiny_presets_are_what_is_embedded():
+def test_the_tiny_presets_fit_the_embedded_models():
     assert LLaMAConfig(**weights.read_llama(ROOT / "tiny/llama")[0]) == llama.PRESETS["tiny"]
     assert clip.CLIPConfig(**weights.read_clip(ROOT / "tiny/clip")[0]) == clip.PRESETS["tiny"]

@@ -1,4 +1,4 @@
-"""Other people's layouts, written by the tests from their description; the code under test reads them."""
+"""Write weights in the layouts of Meta, OpenAI and the LaVIN authors, for the code under test to read."""
 import json
 import re
 import shutil
@@ -14,8 +14,10 @@ def copy_folder(src: Path, dst: Path, without: str) -> Path:
 
 
 def write_meta(folder: Path, model, shards: int = 1, **params) -> Path:
-    """params.json and consolidated.NN.pth of a LLaMA. Split on rows: wq wk wv w1 w3 output; on columns: wo w2
-    tok_embeddings; norms are whole in every shard."""
+    """params.json and consolidated.NN.pth of a LLaMA.
+
+    wq wk wv w1 w3 output are split by rows, wo w2 tok_embeddings by columns; every shard has whole norms.
+    """
     folder.mkdir(parents=True)
     c = model.cfg
     (folder / "params.json").write_text(json.dumps({
@@ -35,7 +37,7 @@ def write_meta(folder: Path, model, shards: int = 1, **params) -> Path:
 
 
 class WithText(torch.nn.Module):
-    """what OpenAI's archive holds beside `visual`"""
+    """a ViT together with the other tensors of OpenAI's archive"""
 
     def __init__(self, vit):
         super().__init__()
@@ -55,20 +57,21 @@ def write_openai(file: Path, vit, half: bool = False) -> Path:
     """a TorchScript archive; OpenAI's are in fp16"""
     size = vit.cfg.image_size
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing fixes the batch size; no one runs the archive
-        model = torch.jit.trace(WithText(vit), (torch.zeros(1, 3, size, size), torch.zeros(1, 7, dtype=torch.long)),
-                                check_trace=False)
+        warnings.simplefilter("ignore")  # tracing fixes the batch size, but the archive is never run
+        inputs = torch.zeros(1, 3, size, size), torch.zeros(1, 7, dtype=torch.long)
+        model = torch.jit.trace(WithText(vit), inputs, check_trace=False)
     torch.jit.save(model.half() if half else model, file)
     del vit.proj
     return file
 
 
 def released_state(lavin, prefix: str = "") -> dict[str, torch.Tensor]:
-    """the adapters of a LaVIN under the names of the authors' files; what they call conv is a 1x1 convolution"""
+    """the adapters of a LaVIN under the names of the authors' files, where "conv" is a 1x1 convolution"""
     state = {"adapter_modality_embedding.weight": lavin.adapter_modality_embedding.weight}
     neck = lavin.adapter_proj
     blocks = [(f"layers.{i}", layer) for i, layer in enumerate(lavin.llama.layers)]
-    blocks += [(f"backbone.visual.transformer.resblocks.{i}", b) for i, b in enumerate(lavin.vit.transformer.resblocks)]
+    blocks += [(f"backbone.visual.transformer.resblocks.{i}", block)
+               for i, block in enumerate(lavin.vit.transformer.resblocks)]
     for leaf in ("weight", "bias"):
         state[f"adapter_proj.conv_A.{leaf}"] = getattr(neck.W_d, leaf)
         state[f"adapter_proj.conv_B.{leaf}"] = getattr(neck.W_u, leaf)

@@ -1,15 +1,19 @@
-"""What the tiny LLaMA reads before it ever sees a picture: documents made of words only.
+"""Pretraining text of the tiny LLaMA: documents of words only, without any picture.
 
-A document is a list of parts (prompt, response), of which only the responses count in the loss; each part is
-tokenised by itself, as data.py does with a sample. Most documents are problems of world.py. Where the picture would be, a
-caption stands in words: a sentence, a telegram, or a *stack*, several words at one position, their embeddings added up.
-Six visual tokens must say there what took twenty words, so each will have to say several things at once, and a model of
-this size that has read one word at a time is slow to make sense of that. A stack is words nonetheless: no picture, no
-feature of one and no neck has a part in it. Several questions may follow one scene, each with its own answer.
+A document is a list of parts (prompt, response). Only the responses count in the loss. Each part is
+tokenised by itself, as data.py does with a sample. Most documents are problems of world.py; several questions
+may follow one scene, each with its own answer.
 
-Then there are drills of the one step that is hard to discover: looking a word up among lettered options and giving its
-letter. Put to it at once, with "The answer is" between the two, a small model stays at chance for a thousand steps and
-more. Asked for the letter right after the word it gets it in 200, and keeps it while words and distance grow.
+The caption of the scene fills the image slot. It is a sentence, a telegram (bare words) or a stack. In a
+stack, several words share one position and their embeddings are summed. Later, six visual tokens replace
+about twenty words, so each visual token must carry several facts at once. A model of this size that has only
+read one word per position is slow to learn that. A stack still holds only words: it uses no picture, no
+image feature and no neck.
+
+Other documents are drills. They train the one step that is hard to discover: finding a word among lettered
+options and giving its letter. If "The answer is" stands between word and letter from the start, a small model
+stays at chance for more than a thousand steps. If the letter directly follows the word, the model learns it
+in 200 steps, and keeps it while the number of words and the distance grow.
 """
 import random
 
@@ -19,18 +23,19 @@ DRILLED_WORDS = sorted({*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.N
                         *scenes.RELATIONS, *scenes.PLURAL.values(), *world.PEOPLE, *world.OBJECTS,
                         *(value for facts in world.FACTS for _, value in facts.pairs())})
 random.Random(0).shuffle(DRILLED_WORDS)
-BETWEEN = ("", ".", ". The", ". The answer", ". The answer is")  # between a word and its letter, easy first
+BETWEEN = ("", ".", ". The", ". The answer", ". The answer is")  # between word and letter, easiest first
 
-N_SLOTS = 6  # positions of a stack, as many as a picture will have
+N_SLOTS = 6  # positions of a stack: the number of visual tokens of a picture
 
-Stack = list[dict[str, float]]  # for each position, the words that stand there at once, each with a weight
+Stack = list[dict[str, float]]  # for each position: the words that share it, each with a weight
 Document = list[tuple[str | Stack, str]]
+Tokens = tuple[list[int], list[bool], list[tuple[int, int, float]]]
 
 
-def tokens(document: Document, encode, bos: int, eos: int) -> tuple[list[int], list[bool], list[tuple[int, int, float]]]:
-    """Token ids; whether each belongs to a response; of stacked words (position, id, weight), at positions of id 0.
+def tokens(document: Document, encode, bos: int, eos: int) -> Tokens:
+    """Token ids, whether each belongs to a response, and (position, id, weight) of each stacked word.
 
-    Every response to a question ends in EOS.
+    Positions of a stack have the id 0. Every response to a question ends in EOS.
     """
     ids, target, stacked = [bos], [False], []
     for prompt, answer in document:
@@ -41,7 +46,7 @@ def tokens(document: Document, encode, bos: int, eos: int) -> tuple[list[int], l
                 ids.append(0)
             target += [False] * (len(ids) - len(target))
             continue
-        if prompt.startswith("Image: ") and prompt != "Image: N/A":  # what fills the slot is tokenised by itself
+        if prompt.startswith("Image: ") and prompt != "Image: N/A":  # tokenise the caption by itself
             head = encode("Image: ")
             ids, target, prompt = ids + head, target + [False] * len(head), prompt[7:]
         n = len(encode(prompt))
@@ -52,12 +57,12 @@ def tokens(document: Document, encode, bos: int, eos: int) -> tuple[list[int], l
 
 
 def response(p: dict, with_letter: bool = True) -> str:
-    """The response in format EA, or the solution alone."""
+    """The response in format EA, or without the letter: the solution alone."""
     return p["solution"] + (f" The answer is {world.LETTERS[p['answer']]}." if with_letter else "")
 
 
 def telegram(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: bool = True) -> str:
-    """The scene in bare words: those of one thing or crowd in any order, of two things each after its place."""
+    """The scene in bare words. One thing or a crowd: in any order. Two things: each after its place."""
     scene = scenes.ordered(scene)
     first = scene.things[0]
     if scene.kind == "many":
@@ -69,20 +74,22 @@ def telegram(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors
         return " ".join(rng.sample(words, len(words)))
     things = [" ".join(f"{where} {t.size * sizes} {t.color * colors} {t.shape}".split())
               for t, where in zip(scene.things, scenes.places(scene))]
-    return " ".join(things)  # within a thing the order tells what belongs together, so it is kept
+    return " ".join(things)  # keep the order: it shows which words belong to which thing
 
 
 def stack(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: bool = True) -> Stack:
-    """The scene in words that stand on top of each other, as visual tokens will: a thing's words share a position.
+    """The scene as stacked words: all words of a thing share one position.
 
-    The other positions are empty, or faintly say everything at once.
+    The other positions are empty, or hold the words of all things with small weights.
     """
     scene = scenes.ordered(scene)
     first = scene.things[0]
     if scene.kind == "two":
-        said = [[t.size] * sizes + [t.color] * colors + [t.shape, where] for t, where in zip(scene.things, scenes.places(scene))]
+        said = [[t.size] * sizes + [t.color] * colors + [t.shape, where]
+                for t, where in zip(scene.things, scenes.places(scene))]
     elif scene.kind == "many":
-        said = [[scenes.NUMBERS[len(scene.things) - 1], "small", first.color, scenes.PLURAL[first.shape]]] * rng.randint(1, 2)
+        number = scenes.NUMBERS[len(scene.things) - 1]
+        said = [[number, "small", first.color, scenes.PLURAL[first.shape]]] * rng.randint(1, 2)
     else:
         said = [[first.size, first.color, first.shape, scenes.position(scene)]] * rng.randint(1, 2)
     slots = [{word: rng.uniform(0, 0.4) for words in said for word in words} if rng.random() < 0.5 else {}
@@ -93,16 +100,16 @@ def stack(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: b
 
 
 class Corpus:
-    """An endless, seeded stream of documents; `closed`: text prompts (those of val and test) that it never utters."""
+    """An endless, seeded stream of documents. closed: text prompts that no document may contain."""
 
     def __init__(self, seed: int, closed: set[str]):
         self.rng = random.Random(f"corpus {seed}")
         self.letters = world.Letters(self.rng)
         self.closed = closed
-        self.n_words, self.n_between = 6, 1  # how far the lookup drill has got: words, and entries of BETWEEN
+        self.n_words, self.n_between = 6, 1  # lesson of the lookup drill: words and entries of BETWEEN in use
 
     def document(self, turns: int) -> Document:
-        """The next document: drills until they are mastered and a few ever after, else up to `turns` questions."""
+        """The next document: a drill until drills are mastered, then rarely; else up to `turns` questions."""
         if not self.mastered() or self.rng.random() < 0.05:
             return self.lookup()
         return self.retrieval() if self.rng.random() < 0.4 else self.questions(turns)
@@ -116,12 +123,12 @@ class Corpus:
         return self.people(n) if dice < 0.75 else self.facts(n)
 
     def lookup(self) -> Document:
-        """Options, then several times: a letter and its word, or a word and its letter with more and more between."""
+        """Options, then six lookups: a letter and its word, or a word, some text and the word's letter."""
         words = DRILLED_WORDS[:self.n_words]
         options = self.rng.sample(words, self.rng.randint(2, 5))
         parts = [("Image: N/A", ""), ("\nOptions:", "")]
         for letter, word in zip(world.LETTERS, options):
-            parts += [("", f"({letter})"), (word, "")]  # to expect the next letter, a word must know its own
+            parts += [("", f"({letter})"), (word, "")]  # predicting the next letter needs this word's
         for _ in range(6):
             i = self.rng.randrange(len(options))
             between = BETWEEN[self.rng.choice((self.n_between - 1, self.rng.randrange(self.n_between)))]
@@ -133,36 +140,41 @@ class Corpus:
         return (self.n_words, self.n_between) == (len(DRILLED_WORDS), len(BETWEEN))
 
     def harder(self) -> None:
-        """The next lesson of the lookup drill: first more words, then more between a word and its letter."""
+        """Go to the next lesson of the lookup drill: first more words, then more text before the letter."""
         if self.n_words < len(DRILLED_WORDS):
             self.n_words = min(len(DRILLED_WORDS), int(self.n_words * 1.6))
         else:
             self.n_between = min(len(BETWEEN), self.n_between + 1)
 
     def retrieval(self) -> Document:
-        """Two things or a few people in bare words or in full, then the last words of several solutions."""
-        rng, dress = self.rng, self.rng.randrange(3)  # the nearer what belongs together, the easier to find
+        """Two things, or a few people, in bare words or sentences; then the last words of two solutions."""
+        rng, style = self.rng, self.rng.randrange(3)  # bare words are easier: related words are closer
         if rng.random() < 0.4:
             cast = world.random_cast(rng)
-            told = cast.told() if dress else " ".join(f"{p} {t}" for p, t in zip(*cast))
+            told = cast.told() if style else " ".join(f"{p} {t}" for p, t in zip(*cast))
             asked, hidden = [world.ask_people(rng, cast) for _ in range(6)], ()
         else:
             scene = scenes.random_scene(rng, "two")
-            sizes, colors = (True, True) if dress == 2 else rng.choice(((False, False), (True, False), (False, True)))
-            told = scenes.in_words(scene, rng) if dress == 2 and rng.random() < 0.5 else telegram(rng, scene, sizes, colors)
+            sizes, colors = True, True
+            if style != 2:
+                sizes, colors = rng.choice(((False, False), (True, False), (False, True)))
+            if style == 2 and rng.random() < 0.5:
+                told = scenes.in_words(scene, rng)
+            else:
+                told = telegram(rng, scene, sizes, colors)
             if rng.random() < 0.4:
                 told = stack(rng, scene, sizes, colors)
             asked = world.scene_questions(scene)
             hidden = ("bigger", "smaller", "size") * (not sizes) + ("color", "shape is the") * (not colors)
         solutions = sorted({q.solution for q in asked if not any(word in q.text for word in hidden)})
         parts = [(f"Image: {told}" if isinstance(told, str) else told, "")]
-        for solution in rng.sample(solutions, min(2, len(solutions))):  # more would give each other away
+        for solution in rng.sample(solutions, min(2, len(solutions))):  # with more, one would reveal another
             start, _, answer = solution.rpartition(" ")
             parts.append((start, f" {answer}"))
         return parts
 
     def turn(self, q: world.Question, hint: str, seen: scenes.Scene | None = None) -> tuple[str, str]:
-        """One question with its answer; one in six comes without options. `seen`: what stands in the image slot."""
+        """One question with its answer; one in six has no options. seen: the scene in the image slot."""
         for _ in range(8):
             p = world.record(self.rng, self.letters, q, hint, "", "", "")
             if seen:
@@ -171,23 +183,25 @@ class Corpus:
             if seen or text not in self.closed:
                 break
         else:
-            return "", ""  # every way to ask this is closed
+            return "", ""  # every prompt drawn for this question is closed
         if self.rng.random() < 1 / 6:
             text = text[:text.index("\nOptions:")] + "\nResponse:"
             return text, response(p, with_letter=False)
         return text, response(p)
 
     def scene(self, n: int, told: bool) -> Document:
-        """A scene in words, in the image slot or (told) in the context, and n questions about it."""
+        """A scene in words, in the image slot or (if `told`) in the context, and n questions about it."""
         rng = self.rng
         scene = scenes.random_scene(rng, rng.choice(("one", "two", "two", "two", "many")))
         if told:
             hint, slot = world.scene_in_words(scene, rng), "N/A"
         else:
             hint = rng.choice(world.GENERIC_HINTS) if rng.random() < 0.25 else ""
-            slot = rng.choice((scenes.in_words(scene), telegram(rng, scene), stack(rng, scene), stack(rng, scene)))
+            slot = rng.choice((scenes.in_words(scene), telegram(rng, scene),
+                               stack(rng, scene), stack(rng, scene)))
         parts = [(f"Image: {slot}" if isinstance(slot, str) else slot, "")]
-        return parts + [self.turn(world.ask_scene(rng, scene), hint, None if told else scene) for _ in range(n)]
+        seen = None if told else scene
+        return parts + [self.turn(world.ask_scene(rng, scene), hint, seen) for _ in range(n)]
 
     def people(self, n: int) -> Document:
         parts = [("Image: N/A", "")]

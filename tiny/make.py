@@ -1,13 +1,15 @@
-"""Makes everything that is embedded in tiny/, from nothing: the recipe behind `make demo`.
+"""Train every model stored in tiny/ from scratch: the recipe behind `make demo`.
 
-    python tiny/make.py              all of it; each part goes on where it was stopped
-    python tiny/make.py adapters     only the last part: three seeds of the demo's training, and the text-only model
+    python tiny/make.py              all parts; each resumes from its own checkpoint
+    python tiny/make.py adapters     only the last part: three seeds of the demo's training, and the text-only
+                                     model
 
 1. tiny/llama     make_llm.py: a tokenizer and a LLaMA, pretrained on generated text alone
-2. tiny/clip      make_vit.py: a CLIP ViT, pretrained on generated picture-caption pairs with a throw-away text tower
-3. tiny/adapters.safetensors   train.py: what `make demo` trains, seed 0
+2. tiny/clip      make_vit.py: a CLIP ViT, pretrained on generated pairs of picture and caption; its text
+                  tower is discarded
+3. tiny/adapters.safetensors   train.py: the adapters that `make demo` trains, seed 0
 
-tiny/README.md tells what this reached and how long it took.
+tiny/README.md gives the scores and the training times.
 """
 import json
 import shutil
@@ -25,7 +27,7 @@ def run(*command: str) -> None:
 
 
 def adapters() -> None:
-    """Train the demo's adapters with every seed, and a model without eyes; print what each reached on the test split."""
+    """Train the demo's adapters with every seed, and a text-only model; print the test scores of each."""
     rows = [(f"LaVIN, seed {seed}", f"out/seed{seed}", ["--seed", str(seed)]) for seed in SEEDS]
     rows.append(("text only, seed 0", "out/text", ["--no-vision", "--adapter", "rep"]))
     for _, out, flags in rows:
@@ -39,7 +41,9 @@ def adapters() -> None:
     print(f"chance on IMG: {sum(chance) / len(chance):.2f}")
 
 
-PARTS = {"llama": lambda: run("tiny/make_llm.py"), "clip": lambda: run("tiny/make_vit.py"), "adapters": adapters}
+PARTS = {"llama": lambda: run("tiny/make_llm.py"),
+         "clip": lambda: run("tiny/make_vit.py"),
+         "adapters": adapters}
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or list(PARTS)

@@ -1,9 +1,10 @@
-"""The recipe of the tiny LLaMA: tokenizer, pretraining on words alone, and the files in Hugging Face's layout.
+"""Make the tiny LLaMA: train its tokenizer, pretrain it on text alone, write it in Hugging Face's layout.
 
-    python tiny/make_llm.py        # resumes from --work if a checkpoint is there
+    python tiny/make_llm.py        # resumes if --work holds a checkpoint
 
-Prints, per kind of held-out problem, how often the greedy answer is exactly right; in the place of a picture the model
-is given the scene in words. It learns the format, the facts and to read a scene; what a picture is, it never learns.
+Prints, for each kind of held-out problem, how often the greedy answer is exactly right. The model reads each
+scene in words instead of a picture. It learns the format, the facts and how to read a described scene; it
+never sees a picture.
 """
 import argparse
 import io
@@ -29,25 +30,25 @@ from llama import LLaMA, LLaMAConfig  # noqa: E402
 from official.tokenizer import Tokenizer
 from tiny import corpus, scenes, world  # noqa: E402
 
-VOCAB_SIZE = 1096  # 256 bytes and just enough merges to make every word one piece
+VOCAB_SIZE = 1096  # 256 bytes, and just enough merges to make each word one piece
 
 
 def train_tokenizer(path: Path) -> None:
-    """LLaMA's kind of sentencepiece model; the marks of the prompt and the option letters are pieces of their own."""
+    """Train a sentencepiece model like LLaMA's. Prompt marks and option letters are one piece each."""
     stream = corpus.Corpus(0, set())
     parts = [part for _ in range(6000) for part in stream.questions(3)]
     text = [prompt + answer for prompt, answer in parts if isinstance(prompt, str)]
     words = sorted({word for line in text for word in re.findall(r" ([A-Za-z]+)", line)})
-    starts = [f"\nResponse:{word}" for word in ("The", "There", "Seen", "A", "An")]  # no space before these
-    lines = (words + starts + ["The answer is A. B. C. D. E.", "Is this?"]) * 20  # no word is rare
+    starts = [f"\nResponse:{word}" for word in ("The", "There", "Seen", "A", "An")]  # no space before them
+    lines = (words + starts + ["The answer is A. B. C. D. E.", "Is this?"]) * 20  # repeated: no word is rare
     marks = ["▁Image:", "▁Question:", "▁N/A", "\nContext:", "\nOptions:", "\nResponse:"]
     marks += [f"▁({letter})" for letter in world.LETTERS]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=VOCAB_SIZE, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True, split_digits=True,
-        character_coverage=1.0, user_defined_symbols=marks, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
-        minloglevel=2)
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=VOCAB_SIZE, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=True, split_digits=True, character_coverage=1.0, user_defined_symbols=marks,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -60,22 +61,23 @@ def initialise(model: LLaMA) -> None:
         if "tok_embeddings" in name:
             torch.nn.init.normal_(p, std=0.2)
         elif p.ndim == 2:
-            branch = name.endswith(("wo.weight", "w2.weight"))
-            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 / (math.sqrt(2 * model.cfg.n_layers) if branch else 1))
-    for layer in model.layers:  # keys start as queries: at first, a token looks for its like
+            branch = name.endswith(("wo.weight", "w2.weight"))  # the last matrix of a residual branch
+            shrink = math.sqrt(2 * model.cfg.n_layers) if branch else 1
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 / shrink)
+    for layer in model.layers:  # start with keys equal to queries: each token attends to similar tokens
         layer.attention.wk.weight.data.copy_(layer.attention.wq.weight)
 
 
 def batches(stream: corpus.Corpus, tokenizer: Tokenizer, size: int, turns):
-    """Yield Rows of about `size` tokens, fewer in drills; documents of up to turns() questions.
+    """Yield Rows of about `size` tokens, fewer during drills; each document has up to turns() questions.
 
-    Documents of like length go together, so that little is padded.
+    Documents of similar length share a batch, so there is little padding.
     """
     while True:
         pool = [corpus.tokens(stream.document(turns()), tokenizer.encode, tokenizer.bos, tokenizer.eos)
                 for _ in range(128)]
         pool.sort(key=lambda doc: len(doc[0]))
-        limit = size if stream.mastered() else size * 2 // 5  # many small steps find the trick sooner
+        limit = size if stream.mastered() else size * 2 // 5  # smaller batches master the drill sooner
         chunks, chunk = [], []
         for doc in pool:
             if chunk and len(doc[0]) * (len(chunk) + 1) > limit:
@@ -88,25 +90,27 @@ def batches(stream: corpus.Corpus, tokenizer: Tokenizer, size: int, turns):
 
 
 class Rows(NamedTuple):
-    """Documents side by side, padded with 0."""
+    """A batch of documents, padded with 0, and its N stacked words."""
     ids: torch.Tensor  # [B, T]
-    target: torch.Tensor  # [B, T], part of a response
-    where: torch.Tensor  # [N], index into ids.flatten(), where a stacked word stands
-    word: torch.Tensor  # [N], its id
+    target: torch.Tensor  # [B, T], true for the tokens of a response
+    where: torch.Tensor  # [N], position of each stacked word, as an index into ids.flatten()
+    word: torch.Tensor  # [N], token id of each stacked word
     weight: torch.Tensor  # [N, 1]
 
 
 def pad(docs: list) -> Rows:
     T = max(len(ids) for ids, _, _ in docs)
-    words = [(row * T + place, word, weight) for row, (_, _, stacked) in enumerate(docs) for place, word, weight in stacked]
+    words = [(row * T + place, word, weight)
+             for row, (_, _, stacked) in enumerate(docs) for place, word, weight in stacked]
     where, word, weight = zip(*words) if words else ((), (), ())
     return Rows(torch.tensor([ids + [0] * (T - len(ids)) for ids, _, _ in docs]),
                 torch.tensor([target + [False] * (T - len(target)) for _, target, _ in docs]),
-                torch.tensor(where, dtype=torch.long), torch.tensor(word, dtype=torch.long), torch.tensor(weight)[:, None])
+                torch.tensor(where, dtype=torch.long), torch.tensor(word, dtype=torch.long),
+                torch.tensor(weight)[:, None])
 
 
 def embed(model: LLaMA, rows: Rows, noise: float = 0.0) -> torch.Tensor:
-    """[B, T, C]; stacked words are added up where they stand, and positions of no word hold nothing but noise"""
+    """[B, T, C]. Embeddings of stacked words are summed at their position. Noise goes where the id is 0."""
     embeddings = model.tok_embeddings
     x = embeddings(rows.ids).masked_fill(rows.ids[..., None] == 0, 0).flatten(0, 1)
     x = x.index_add(0, rows.where, rows.weight * embeddings(rows.word)).view(*rows.ids.shape, -1)
@@ -114,9 +118,10 @@ def embed(model: LLaMA, rows: Rows, noise: float = 0.0) -> torch.Tensor:
 
 
 def held_out(n: int, seed: int = 1) -> dict[str, list]:
-    """n problems of each of 40 kinds, from a seed no one trains on.
+    """n problems of each of 40 kinds, from a seed that training never uses.
 
-    A scene is asked about in four kinds: told in the hint, or in the image slot as a sentence, a telegram or a stack.
+    Each kind of scene question counts four times: with the scene in the hint, or in the image slot as a
+    sentence, a telegram or a stack.
     """
     rng, kinds = random.Random(f"held out {seed}"), defaultdict(list)
     letters = world.Letters(rng)
@@ -134,9 +139,10 @@ def held_out(n: int, seed: int = 1) -> dict[str, list]:
 
 @torch.no_grad()
 def accuracy(model: LLaMA, tokenizer: Tokenizer, kinds: dict[str, list]) -> dict[str, float]:
-    """Share of problems whose greedy response is the reference, token by token, EOS included.
+    """Share of problems whose greedy response equals the reference, token by token, EOS included.
 
-    Greedy decoding yields the reference exactly when the reference wins at each of its own positions: one forward.
+    Greedy decoding yields the reference exactly if each reference token has the highest logit at its
+    position, so one forward pass is enough.
     """
     score = {}
     for kind, docs in kinds.items():
@@ -147,12 +153,14 @@ def accuracy(model: LLaMA, tokenizer: Tokenizer, kinds: dict[str, list]) -> dict
 
 
 def save(model: LLaMA, folder: Path) -> None:
-    """config.json and model.safetensors as Hugging Face lays LLaMA out, in bf16."""
+    """Write config.json and model.safetensors in Hugging Face's LLaMA layout, in bf16."""
     c, D = model.cfg, model.cfg.dim // model.cfg.n_heads
-    half_split = lambda w: w.view(c.n_heads, D // 2, 2, c.dim).transpose(1, 2).reshape(c.dim, c.dim)  # rotary pairs
-    names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "attention_norm":
-             "input_layernorm", "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj",
-             "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
+    # Hugging Face's rotary pairs are (i, i + D / 2), ours (2i, 2i + 1)
+    half_split = lambda w: w.view(c.n_heads, D // 2, 2, c.dim).transpose(1, 2).reshape(c.dim, c.dim)
+    names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+             "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+             "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
+             "feed_forward.w2": "mlp.down_proj",
              **{f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}}
     tensors = {}
     for name, p in model.state_dict().items():
@@ -163,20 +171,21 @@ def save(model: LLaMA, folder: Path) -> None:
         tensors[f"{prefix}{names[leaf.removesuffix('.weight')]}.weight"] = p.to(torch.bfloat16).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": c.dim,
-        "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_seq_len, "bos_token_id": 1, "eos_token_id": 2,
-        "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16"}, indent=2) + "\n")
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": c.dim, "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_heads, "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta, "vocab_size": c.vocab_size, "max_position_embeddings": c.max_seq_len,
+        "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "attention_bias": False,
+        "torch_dtype": "bfloat16"}, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="pretrain the tiny LLaMA on text")
-    parser.add_argument("--out", type=Path, default=HERE / "llama", help="where the finished files go")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of the checkpoint and the log")
+    parser.add_argument("--out", type=Path, default=HERE / "llama", help="folder for the finished files")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--decay", type=int, default=1500, help="the last steps, over which the rate falls to 0")
-    parser.add_argument("--tokens", type=int, default=2048, help="about this many per step")
+    parser.add_argument("--decay", type=int, default=1500, help="final steps over which the rate falls to 0")
+    parser.add_argument("--tokens", type=int, default=2048, help="approximate number of tokens per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
@@ -193,21 +202,23 @@ def main() -> None:
 
 
 def closed_prompts(problems: dict[str, list]) -> set[str]:
-    """Text prompts that no document may contain: those of the world's val and test splits and of our own gate."""
+    """Text prompts that no document may contain: those of the val and test splits, and of `problems`."""
     closed = set()
     for split in ("test", "val"):
         for _ in world.split_problems(0, split, world.SPLITS[split], closed):
             pass
-    gate = {turn[0] for docs in problems.values() for slot, turn in docs if slot[0] == "Image: N/A"}
-    return gate | {prompt for prompt, picture in closed if picture is None}
+    held = {turn[0] for docs in problems.values() for slot, turn in docs if slot[0] == "Image: N/A"}
+    return held | {prompt for prompt, picture in closed if picture is None}
 
 
 def train(args, tokenizer: Tokenizer) -> None:
-    cfg = LLaMAConfig(dim=args.dim, n_layers=args.layers, n_heads=args.heads, ffn_dim=32 * round(args.dim / 12),
-                      vocab_size=tokenizer.vocab_size, norm_eps=1e-5, rope_theta=100.0, max_seq_len=256)
+    cfg = LLaMAConfig(dim=args.dim, n_layers=args.layers, n_heads=args.heads,
+                      ffn_dim=32 * round(args.dim / 12), vocab_size=tokenizer.vocab_size, norm_eps=1e-5,
+                      rope_theta=100.0, max_seq_len=256)
     model = LLaMA(cfg)
     initialise(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
+                                  fused=True)
     problems = held_out(64)
     stream = corpus.Corpus(args.seed, closed_prompts(problems))
     step, checkpoint = 0, args.work / "llm.pt"
@@ -245,12 +256,14 @@ def train(args, tokenizer: Tokenizer) -> None:
             letter = 0.8
         if step % 50 == 0:
             spent = time.time() - start
-            print(f"step {step} loss {running:.3f} letter {letter:.3f} lr {rate:.1e} lesson {stream.n_words} words, "
-                  f"{stream.n_between} between {seen / spent:.0f} tokens/s {spent:.0f} s", flush=True)
+            print(f"step {step} loss {running:.3f} letter {letter:.3f} lr {rate:.1e} "
+                  f"lesson {stream.n_words} words, {stream.n_between} between "
+                  f"{seen / spent:.0f} tokens/s {spent:.0f} s", flush=True)
         if step % 500 == 0 or step == args.steps:
             score = accuracy(model, tokenizer, problems)
             print(f"mean {sum(score.values()) / len(score):.3f} worst {min(score.values()):.2f} "
-                  + " ".join(f"{k}={v:.2f}" for k, v in sorted(score.items(), key=lambda x: x[1])), flush=True)
+                  + " ".join(f"{k}={v:.2f}" for k, v in sorted(score.items(), key=lambda x: x[1])),
+                  flush=True)
             save(model, args.out)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                      "lesson": (stream.n_words, stream.n_between)}

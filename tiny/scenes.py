@@ -1,4 +1,4 @@
-"""The small world: scenes of coloured shapes, what one says about them, and how they look.
+"""The small world: scenes of coloured shapes, their captions and their pictures.
 
 A scene is a handful of things in the unit square. It comes in three kinds:
 
@@ -6,9 +6,9 @@ A scene is a handful of things in the unit square. It comes in three kinds:
     two    two things, side by side or stacked   "a big red circle above a small blue square"
     many   two to five small copies of a thing   "three small red circles"
 
-The scene says what is there; `draw` decides how it looks (tint, outline, fat or thin stars, noise).
-It varies all that a caption does not mention, generously: what is learned from these pictures should
-also hold for a picture that a person makes with some other program.
+A scene fixes what is there; `draw` chooses how it looks (tint, outline, fat or thin stars, noise).
+`draw` varies widely everything that a caption does not mention, so that a model trained on these pictures
+also reads pictures that a person makes with another program.
 """
 
 import colorsys
@@ -30,14 +30,15 @@ KINDS = ("one", "two", "many")
 PLURAL = {"circle": "circles", "square": "squares", "triangle": "triangles",
           "star": "stars", "cross": "crosses", "heart": "hearts"}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-ANCHORS = {"left": (0.21, 0.5), "right": (0.79, 0.5), "top": (0.5, 0.21), "bottom": (0.5, 0.79), "middle": (0.5, 0.5)}
+ANCHORS = {"left": (0.21, 0.5), "right": (0.79, 0.5), "top": (0.5, 0.21), "bottom": (0.5, 0.79),
+           "middle": (0.5, 0.5)}
 POSITION_PHRASE = {"left": "on the left", "right": "on the right", "top": "at the top",
                    "bottom": "at the bottom", "middle": "in the middle"}
 RELATION_PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
-# width of a thing as a share of the picture's
+# width of a thing as a share of the picture's width
 EXTENT = {"big": (0.36, 0.50), "small": (0.17, 0.26)}
-# what people call by that name: hue in degrees, saturation, value
+# the range of colours that people call by each name: hue in degrees, saturation, value
 HSV = {"red": ((-9, 8), (0.78, 1.0), (0.70, 1.0)), "yellow": ((47, 61), (0.75, 1.0), (0.88, 1.0)),
        "green": ((92, 150), (0.60, 1.0), (0.42, 0.95)), "blue": ((208, 242), (0.65, 1.0), (0.55, 1.0)),
        "purple": ((268, 302), (0.50, 1.0), (0.42, 0.85)), "black": ((0, 360), (0.0, 0.25), (0.0, 0.17))}
@@ -82,8 +83,8 @@ def place(size: str, color: str, shape: str, where: str, rng: random.Random) -> 
 
 
 def pair(first: tuple, second: tuple, rel: str, rng: random.Random) -> Scene:
-    """Two things, each (size, color, shape), with the first one `rel` (of RELATIONS) of the second."""
-    if rel in ("right", "below"):                       # build it mirrored, then name the things in order
+    """Two things, each (size, color, shape). rel: where the first is, seen from the second."""
+    if rel in ("right", "below"):                       # build the mirrored pair, then swap the two things
         return Scene("two", pair(second, first, OPPOSITE[rel], rng).things[::-1])
     across = 0.5 + rng.uniform(-0.11, 0.11)             # both lie roughly on one line
     near, far = [(rng.uniform(0.23, 0.27) if t[0] == "big" else rng.uniform(0.14, 0.32),
@@ -101,7 +102,7 @@ def crowd(number: int, color: str, shape: str, rng: random.Random) -> Scene:
         spot = (rng.uniform(0.14, 0.86), rng.uniform(0.14, 0.86))
         if all(math.dist(spot, s) > 0.28 for s in spots):
             spots.append(spot)
-        elif rng.random() < 0.02:                       # cornered: start over
+        elif rng.random() < 0.02:                       # there may be no room left: start over
             spots = []
     return Scene("many", tuple(Thing("small", color, shape, x, y) for x, y in spots))
 
@@ -109,8 +110,9 @@ def crowd(number: int, color: str, shape: str, rng: random.Random) -> Scene:
 def random_scene(rng: random.Random, kind: str) -> Scene:
     """A scene of that kind (of KINDS), every attribute uniform."""
     if kind == "one":
-        return Scene(kind, (place(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES), rng.choice(POSITIONS), rng),))
-    if kind == "two":                                   # colour and shape each tell the two things apart
+        size, color, shape, where = (rng.choice(names) for names in (SIZES, COLORS, SHAPES, POSITIONS))
+        return Scene(kind, (place(size, color, shape, where, rng),))
+    if kind == "two":                                   # the two things differ in colour and in shape
         colors, shapes = rng.sample(COLORS, 2), rng.sample(SHAPES, 2)
         first, second = [(rng.choice(SIZES), c, s) for c, s in zip(colors, shapes)]
         return pair(first, second, rng.choice(RELATIONS), rng)
@@ -120,7 +122,7 @@ def random_scene(rng: random.Random, kind: str) -> Scene:
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """One sentence without a full stop. Of two things either may come first; without `rng`, things[0] does."""
+    """One sentence without a full stop. `rng`: either of two things may come first; without it, things[0]."""
     t = scene.things[0]
     if scene.kind == "one":
         return f"a {t.size} {t.color} {t.shape} {POSITION_PHRASE[position(scene)]}"
@@ -133,12 +135,13 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 
 def ordered(scene: Scene) -> Scene:
-    """The same scene, two things from left to right or from top to bottom."""
-    return Scene("two", scene.things[::-1]) if scene.kind == "two" and relation(scene) in ("right", "below") else scene
+    """The same scene with two things listed from left to right or from top to bottom."""
+    swap = scene.kind == "two" and relation(scene) in ("right", "below")
+    return Scene("two", scene.things[::-1]) if swap else scene
 
 
 def in_words(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene as the language model reads it: of two things each after its own place, in any order with `rng`."""
+    """The scene as the language model reads it: each of two things after its place. rng: shuffle the two."""
     if scene.kind != "two":
         return caption(scene)
     scene = ordered(scene)
@@ -147,7 +150,7 @@ def in_words(scene: Scene, rng: random.Random | None = None) -> str:
 
 
 def places(scene: Scene) -> tuple[str, str]:
-    """where each of two things is, seen from the other"""
+    """Where each of two things is, seen from the other."""
     return relation(scene), OPPOSITE[relation(scene)]
 
 
@@ -160,7 +163,7 @@ def _outline(shape: str, rng: random.Random) -> list:
         return [(math.cos(a * math.pi / 20), math.sin(a * math.pi / 20)) for a in range(40)]
     if shape == "square":
         return [(-0.92, -0.92), (0.92, -0.92), (0.92, 0.92), (-0.92, 0.92)]
-    if shape == "triangle":                             # from equilateral to narrow and flat isosceles ones
+    if shape == "triangle":                             # isosceles: equilateral, narrow or flat
         half, top = rng.uniform(0.75, 1.0), rng.uniform(0.8, 1.0)
         return [(0, -top), (half, 0.8), (-half, 0.8)]
     if shape == "star":
@@ -169,19 +172,20 @@ def _outline(shape: str, rng: random.Random) -> list:
         return [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate(radii)]
     if shape == "cross":
         a, b = rng.uniform(0.2, 0.4), rng.uniform(0.92, 1.0)
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
     if shape == "heart":
         return _heart(rng)
     raise ValueError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
 
 
 def _heart(rng: random.Random) -> list:
-    if rng.random() < 0.5:                              # the smooth curve
+    if rng.random() < 0.5:                              # a smooth curve
         dent = rng.uniform(4.0, 6.5)
         angles = [a * math.pi / 20 for a in range(40)]
         return [(math.sin(a) ** 3, (2.5 - 13 * math.cos(a) + dent * math.cos(2 * a) + 2 * math.cos(3 * a)
                                     + math.cos(4 * a)) / 15) for a in angles]
-    r, y = rng.uniform(0.46, 0.54), rng.uniform(-0.5, -0.3)     # two discs and a point, as in a drawing program
+    r, y = rng.uniform(0.46, 0.54), rng.uniform(-0.5, -0.3)     # two discs and a tip, as drawing programs do
     tip, tilt = rng.uniform(0.85, 1.0), rng.uniform(0.1, 0.6)   # the discs' arcs run from the dent to a flank
     arc = [math.pi + (math.pi + tilt) * i / 12 for i in range(13)]
     right = [(1 - r + r * math.cos(a), y + r * math.sin(a)) for a in arc]
@@ -200,8 +204,9 @@ def _background(rng: random.Random) -> tuple:
     return tuple(min(255, light + rng.randint(-12, 12)) for _ in range(3))
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, turn: float, width: int, rng: random.Random):
-    """One filled polygon; `width` is the canvas in pixels, `turn` the greatest rotation in degrees."""
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, turn: float, width: int,
+                rng: random.Random):
+    """One filled polygon. width: of the canvas in pixels; turn: the greatest rotation in degrees."""
     half = extent / 2
     angle = math.radians(rng.uniform(-turn, turn))
     cos, sin = math.cos(angle), math.sin(angle)
@@ -210,22 +215,24 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, turn: flo
     points = []
     for px, py in _outline(thing.shape, rng):
         px, py = px * min(stretch, 1), py / max(stretch, 1)
-        points.append(((cx + half * (px * cos - py * sin)) * width, (cy + half * (px * sin + py * cos)) * width))
+        x, y = cx + half * (px * cos - py * sin), cy + half * (px * sin + py * cos)
+        points.append((x * width, y * width))
     fill = _tint(thing.color, rng)
     pen.polygon(points, fill=fill)
-    if rng.random() < 0.25:                             # a darker rim, now and then
+    if rng.random() < 0.25:                             # sometimes a darker rim
         dark = rng.uniform(0.0, 0.7)
         rim = tuple(round(c * dark) for c in fill)
-        pen.line(points + points[:2], fill=rim, width=max(1, round(rng.uniform(0.006, 0.014) * width)), joint="curve")
+        thick = max(1, round(rng.uniform(0.006, 0.014) * width))
+        pen.line(points + points[:2], fill=rim, width=thick, joint="curve")
 
 
 def draw(scene: Scene, rng: random.Random, size: int = 96) -> Image.Image:
-    """An RGB picture of size x size pixels; two calls on one scene give two different-looking pictures."""
-    fine = 3 * size                                     # drawn three times as large, then averaged: soft edges
+    """An RGB picture of size x size pixels. Two calls on one scene give pictures that look different."""
+    fine = 3 * size                                     # draw larger, then average: smooth edges
     picture = Image.new("RGB", (fine, fine), _background(rng))
     pen = ImageDraw.Draw(picture)
     turn = 0 if rng.random() < 0.4 else 14
-    alike = rng.random()                                # how much the things of a crowd look alike
+    alike = rng.random()                                # how similar in size the things of a crowd are
     lo, hi = EXTENT[scene.things[0].size]
     shared = rng.uniform(lo, hi)
     for thing in scene.things:

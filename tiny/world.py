@@ -2,14 +2,16 @@
 
     python tiny/world.py --out data/world
 
-writes problems.json, pid_splits.json and images/<split>/<id>/image.png. A function of the seed alone.
+writes problems.json, pid_splits.json and images/<split>/<id>/image.png. The output depends only on the seed.
 
-Three in four problems need their picture: the question and the options say nothing about the answer,
-so a model without eyes stays at chance. The others carry the scene in words in their hint, or ask about people and
-their things, or ask for a fact of FACTS, which only the memory of the language model can give. Every solution
-ends in the text of the right option, so in the answer format "EA" ("The circle is red. The answer is B.")
-a model first finds the word and then looks it up among the options. The solution of a picture problem begins with what
-there is to see, as ScienceQA's do: a dozen words to learn from instead of one.
+Three in four problems need their picture: the question and the options say nothing about the answer, so a
+text-only model stays at chance. The other problems describe the scene in their hint, or ask who owns what,
+or ask for a fact of FACTS, which the language model must have memorised.
+
+Every solution ends in the text of the right option. In the answer format "EA" ("The circle is red. The answer
+is B.") a model therefore finds the word first and then looks it up among the options. The solution of a
+picture problem begins with a description of the picture, as in ScienceQA. The model learns from these dozen
+words, not only from the one that answers the question.
 """
 import argparse
 import hashlib
@@ -27,14 +29,14 @@ from tiny import scenes  # noqa: E402
 from tiny.scenes import COLORS, NUMBERS, OPPOSITE, PLURAL, POSITIONS, RELATIONS, SHAPES, SIZES  # noqa: E402
 
 LETTERS = "ABCDE"
-SPLITS = {"test": 1200, "val": 400, "train": 10000}  # test first: whatever it holds is closed to the others
+SPLITS = {"test": 1200, "val": 400, "train": 10000}  # test first: no later split repeats one of its problems
 PEOPLE = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia", "Max", "Zoe")
 OBJECTS = ("ball", "kite", "book", "cup", "hat", "box", "doll", "bag")
 GENERIC_HINTS = ("The picture shows some shapes.", "Look at the picture.", "Use the picture to answer.")
 
 
 class Facts(NamedTuple):
-    """A table of key -> value that one kind of question asks about. {k}: key, {ak}: key with article, {v}: value."""
+    """A table of key -> value for one kind of question. {k}: key; {ak}, {Ak}: with article; {v}: value."""
     topic: str
     subject: str
     questions: tuple[str, ...]
@@ -48,65 +50,80 @@ class Facts(NamedTuple):
 
 
 FACTS = (
-    Facts("categories", "natural science", ("What kind of thing is {ak}?", "Which group does {ak} belong to?"),
+    Facts("categories", "natural science",
+          ("What kind of thing is {ak}?", "Which group does {ak} belong to?"),
           "{Ak} is a kind of {v}.", "Things that are alike can be sorted into groups.",
-          "animal: dog cat horse cow lion bear; fruit: apple banana lemon grape cherry; tool: hammer saw drill wrench;"
-          "vehicle: car bus train truck bike; drink: milk tea juice coffee; bird: eagle owl parrot;"
-          "clothing: shirt coat sock dress; furniture: chair table bed desk; instrument: piano drum flute violin"),
-    Facts("opposites", "language science", ("What is the opposite of {k}?", "Which word means the opposite of {k}?"),
+          "animal: dog cat horse cow lion bear; fruit: apple banana lemon grape cherry;"
+          "tool: hammer saw drill wrench; vehicle: car bus train truck bike; drink: milk tea juice coffee;"
+          "bird: eagle owl parrot; clothing: shirt coat sock dress; furniture: chair table bed desk;"
+          "instrument: piano drum flute violin"),
+    Facts("opposites", "language science",
+          ("What is the opposite of {k}?", "Which word means the opposite of {k}?"),
           "The opposite of {k} is {v}.", "Opposites, or antonyms, are words whose meanings are contrary.",
-          "cold: hot; slow: fast; old: new; dark: light; sad: happy; weak: strong; wet: dry; soft: hard; low: high;"
-          "empty: full; poor: rich; late: early; closed: open; quiet: loud; dirty: clean; night: day; down: up;"
-          "out: in; short: long; bad: good"),
+          "cold: hot; slow: fast; old: new; dark: light; sad: happy; weak: strong; wet: dry; soft: hard;"
+          "low: high; empty: full; poor: rich; late: early; closed: open; quiet: loud; dirty: clean;"
+          "night: day; down: up; out: in; short: long; bad: good"),
     Facts("verbs", "language science", ("What is the past tense of {k}?", "How do you say {k} in the past?"),
-          "The past tense of {k} is {v}.", "The past tense of a verb tells that something has already happened.",
-          "went: go; saw: see; ate: eat; ran: run; came: come; gave: give; took: take; made: make; sang: sing;"
-          "wrote: write; drank: drink; knew: know; told: tell; found: find; slept: sleep; swam: swim"),
-    Facts("plurals", "language science", ("What is the plural of {k}?", "Which word means more than one {k}?"),
+          "The past tense of {k} is {v}.",
+          "The past tense of a verb tells that something has already happened.",
+          "went: go; saw: see; ate: eat; ran: run; came: come; gave: give; took: take; made: make;"
+          "sang: sing; wrote: write; drank: drink; knew: know; told: tell; found: find; slept: sleep;"
+          "swam: swim"),
+    Facts("plurals", "language science",
+          ("What is the plural of {k}?", "Which word means more than one {k}?"),
           "The plural of {k} is {v}.", "A plural noun names more than one thing.",
-          "mice: mouse; feet: foot; teeth: tooth; men: man; geese: goose; children: child; leaves: leaf; knives: knife"),
+          "mice: mouse; feet: foot; teeth: tooth; men: man; geese: goose; children: child; leaves: leaf;"
+          "knives: knife"),
     Facts("life cycles", "natural science", ("What is a young {k} called?", "What is the baby of {ak}?"),
           "A young {k} is a {v}.", "Many young animals have a name of their own.",
           "puppy: dog; kitten: cat; calf: cow; foal: horse; cub: bear; lamb: sheep; chick: hen; piglet: pig;"
           "tadpole: frog; duckling: duck"),
-    Facts("body plans", "natural science", ("How many legs does {ak} have?", "What is the number of legs of {ak}?"),
+    Facts("body plans", "natural science",
+          ("How many legs does {ak} have?", "What is the number of legs of {ak}?"),
           "The number of legs of {ak} is {v}.", "Insects have six legs, spiders eight and most mammals four.",
           "two: hen duck owl; four: dog cat cow horse frog; six: ant bee fly beetle; eight: spider scorpion;"
           "zero: snake worm"),
     Facts("habitats", "natural science", ("Where does {ak} live?", "What is the home of {ak}?"),
           "The home of {ak} is the {v}.", "A habitat is a place that gives a living thing what it needs.",
-          "ocean: whale shark; desert: camel scorpion; forest: bear deer; farm: cow hen pig; jungle: monkey tiger;"
-          "pond: frog duck; hive: bee; nest: robin"),
+          "ocean: whale shark; desert: camel scorpion; forest: bear deer; farm: cow hen pig;"
+          "jungle: monkey tiger; pond: frog duck; hive: bee; nest: robin"),
     Facts("materials", "natural science", ("What color is {ak}?", "Which color does {ak} have?"),
           "The color of {ak} is {v}.", "Color is a property of matter that we can see.",
           "red: tomato cherry; yellow: banana lemon; green: frog leaf; blue: sky ocean; white: snow milk;"
           "black: coal; brown: chocolate; orange: carrot; pink: pig; gray: elephant"),
     Facts("economics", "social science", ("Who works in {ak}?", "Who has a job in {ak}?"),
           "The one who works in {ak} is the {v}.", "People do different jobs and so depend on each other.",
-          "teacher: school; doctor: hospital; baker: bakery; farmer: farm; cook: kitchen; judge: court; actor: theater;"
-          "sailor: ship; pilot: plane; clerk: shop"),
+          "teacher: school; doctor: hospital; baker: bakery; farmer: farm; cook: kitchen; judge: court;"
+          "actor: theater; sailor: ship; pilot: plane; clerk: shop"),
     Facts("geography", "social science", ("What is the capital of {k}?", "Which city is the capital of {k}?"),
           "The capital of {k} is {v}.", "The capital of a country is the city where its government sits.",
-          "Paris: France; Rome: Italy; Madrid: Spain; London: England; Berlin: Germany; Cairo: Egypt; Tokyo: Japan;"
-          "Athens: Greece; Lima: Peru; Oslo: Norway; Delhi: India; Moscow: Russia"),
+          "Paris: France; Rome: Italy; Madrid: Spain; London: England; Berlin: Germany; Cairo: Egypt;"
+          "Tokyo: Japan; Athens: Greece; Lima: Peru; Oslo: Norway; Delhi: India; Moscow: Russia"),
 )
 UNCOUNTED = {"snow", "milk", "coal", "chocolate", "tea", "juice", "coffee"}  # "milk", not "a milk"
 UNIQUE = {"sky", "ocean"}                                                    # "the sky"
 
-# kind -> subject, topic, lecture of the questions about a scene; spread so that every column of the table fills
+# kind of scene question -> subject, topic, lecture; the subjects vary, so every column of the table fills
 SCENE_KINDS = {
-    "color": ("natural science", "materials", "Color is a property of matter that we can see."),
-    "shape": ("language science", "vocabulary", "Every shape has a name. A circle is round, a square has four corners."),
-    "size": ("natural science", "measurement", "Size tells how much room a thing takes up."),
-    "count": ("natural science", "measurement", "To count is to say a number for each thing, one after the other."),
-    "position": ("social science", "maps", "A map is read by the place of things on it: left, right, top or bottom."),
-    "relation": ("social science", "maps", "Directions tell where one thing is when it is seen from another."),
-    "compare": ("natural science", "measurement", "To compare is to say which of two things has more of a property."),
+    "color": ("natural science", "materials",
+              "Color is a property of matter that we can see."),
+    "shape": ("language science", "vocabulary",
+              "Every shape has a name. A circle is round, a square has four corners."),
+    "size": ("natural science", "measurement",
+             "Size tells how much room a thing takes up."),
+    "count": ("natural science", "measurement",
+              "To count is to say a number for each thing, one after the other."),
+    "position": ("social science", "maps",
+                 "A map is read by the place of things on it: left, right, top or bottom."),
+    "relation": ("social science", "maps",
+                 "Directions tell where one thing is when it is seen from another."),
+    "compare": ("natural science", "measurement",
+                "To compare is to say which of two things has more of a property."),
 }
 
 
 class Question(NamedTuple):
-    """A question before its options are drawn: the options are the answer, then `must`, then any of the pool."""
+    """A question before its options are drawn. They are the answer, then `must`, then any words of `pool`."""
     kind: str
     text: str
     answer: str
@@ -127,13 +144,15 @@ def scene_questions(scene: scenes.Scene) -> list[Question]:
     if scene.kind == "many":
         s, c, n = PLURAL[first.shape], first.color, NUMBERS[len(scene.things) - 1]
         return [Question("color", f"What color are the {s}?", c, f"The {s} are {c}.", COLORS),
-                Question("shape", f"What shape are the {c} things?", s, f"The {c} things are {s}.", tuple(PLURAL.values())),
+                Question("shape", f"What shape are the {c} things?", s, f"The {c} things are {s}.",
+                         tuple(PLURAL.values())),
                 Question("count", f"How many {s} are there?", n, f"The number of {s} is {n}.", NUMBERS[1:])]
     asked = []
     for thing, other in zip(scene.things, scene.things[::-1]):
         s, c = thing.shape, thing.color
-        binds = scene.kind == "two"  # then the other thing's word is among the options: color and shape must be bound
-        asked += [Question("color", f"What color is the {s}?", c, f"The {s} is {c}.", COLORS, (other.color,) * binds),
+        binds = scene.kind == "two"  # offer the other thing's word too, so that color and shape must be bound
+        asked += [Question("color", f"What color is the {s}?", c, f"The {s} is {c}.", COLORS,
+                           (other.color,) * binds),
                   Question("shape", f"What shape is the {c} thing?", s, f"The {c} thing is a {s}.", SHAPES,
                            (other.shape,) * binds),
                   Question("size", f"What size is the {s}?", thing.size, f"The {s} is {thing.size}.", SIZES)]
@@ -149,13 +168,14 @@ def scene_questions(scene: scenes.Scene) -> list[Question]:
         words = {more[where]: where}
         if thing.size != other.size:
             words[{"big": "bigger", "small": "smaller"}[thing.size]] = thing.size
-        asked += [Question("compare", f"Which shape is {word}?", thing.shape, f"The shape that is {key} is the {thing.shape}.",
-                           SHAPES, (other.shape,)) for word, key in words.items()]
+        asked += [Question("compare", f"Which shape is {word}?", thing.shape,
+                           f"The shape that is {key} is the {thing.shape}.", SHAPES, (other.shape,))
+                  for word, key in words.items()]
     return asked
 
 
 def ask_scene(rng: random.Random, scene: scenes.Scene, kind: str = "") -> Question:
-    """One question about the scene, every kind (or the given one) being as likely."""
+    """One question about the scene, of the given kind or of a random one; all kinds are equally likely."""
     asked = scene_questions(scene)
     kind = kind or rng.choice(sorted({q.kind for q in asked}))
     return rng.choice([q for q in asked if q.kind == kind])
@@ -176,7 +196,7 @@ def random_cast(rng: random.Random) -> Cast:
 
 
 def ask_people(rng: random.Random, cast: Cast) -> Question:
-    i, j = rng.sample(range(len(cast.people)), 2)  # who is asked for, and whose words stand among the options
+    i, j = rng.sample(range(len(cast.people)), 2)  # i: whom we ask about; j: whose words are a wrong option
     p, t = (words[i] for words in cast)
     other_p, other_t = ((words[j],) for words in cast)
     return rng.choice([
@@ -187,11 +207,12 @@ def ask_people(rng: random.Random, cast: Cast) -> Question:
 def ask_fact(rng: random.Random, facts: Facts, key: str, value: str) -> Question:
     words = {"k": key, "ak": with_article(key), "Ak": with_article(key).capitalize(), "v": value}
     pool = tuple(dict.fromkeys(v for _, v in facts.pairs()))
-    return Question(facts.topic, rng.choice(facts.questions).format(**words), value, facts.solution.format(**words), pool)
+    question, solution = rng.choice(facts.questions).format(**words), facts.solution.format(**words)
+    return Question(facts.topic, question, value, solution, pool)
 
 
 class Letters:
-    """Deals the index of the right option so that, per number of options, every letter is right as often."""
+    """Draw the index of the right option; for each number of options, all letters are right equally often."""
 
     def __init__(self, rng: random.Random):
         self.rng, self.bags = rng, {}
@@ -203,7 +224,8 @@ class Letters:
         return bag.pop()
 
 
-def record(rng: random.Random, letters: Letters, q: Question, hint: str, subject: str, topic: str, lecture: str) -> dict:
+def record(rng: random.Random, letters: Letters, q: Question, hint: str, subject: str, topic: str,
+           lecture: str) -> dict:
     """A question with options, as ScienceQA stores a problem."""
     n = rng.randint(2, min(5, len(q.pool)))
     others = [word for word in q.pool if word != q.answer and word not in q.must]
@@ -220,8 +242,9 @@ def scene_in_words(scene: scenes.Scene, rng: random.Random | None = None) -> str
     return f"There {'are' if scene.kind == 'many' else 'is'} {scenes.in_words(scene, rng)}."
 
 
-def scene_problem(rng: random.Random, letters: Letters, told: bool = False) -> tuple[dict, scenes.Scene | None]:
-    """A problem about a random scene, to be seen in a picture or (told) read in the hint."""
+def scene_problem(rng: random.Random, letters: Letters,
+                  told: bool = False) -> tuple[dict, scenes.Scene | None]:
+    """A problem about a random scene, shown in a picture or, if `told`, described in the hint."""
     kind = rng.choice(list(SCENE_KINDS))
     fitting = {"position": ("one",), "size": ("one", "two"), "count": ("many",), "relation": ("two",),
                "compare": ("two",)}.get(kind, ("one", "two", "two", "many"))
@@ -260,9 +283,9 @@ def prompt(p: dict) -> str:
 
 
 def split_problems(seed: int, split: str, n: int, closed: set):
-    """Yield n problems (record, PNG bytes or None) of a split; none whose prompt (and picture) is in `closed`.
+    """Yield n problems of a split as (record, PNG bytes or None).
 
-    What is yielded is added to `closed`, so no problem comes twice either.
+    Skip every problem whose (prompt, picture) is in `closed`. Add each yielded one to it, so none repeats.
     """
     rng = random.Random(f"{seed} {split}")
     letters = Letters(rng)
@@ -300,13 +323,14 @@ def write(out: Path, seed: int = 0, sizes: dict[str, int] = SPLITS) -> dict[str,
 
 
 def ensure(out: str | Path) -> None:
-    """Write the world to a folder (ten seconds), unless this very recipe has done so before."""
-    recipe = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("world.py", "scenes.py"))).hexdigest()
+    """Write the world to a folder (ten seconds), unless it is there and was written by these same sources."""
+    sources = b"".join((HERE / name).read_bytes() for name in ("world.py", "scenes.py"))
+    recipe = hashlib.sha256(sources).hexdigest()
     mark = Path(out) / "recipe.sha256"
     if not mark.is_file() or mark.read_text() != recipe:
         print(f"writing the small world to {out} ...", file=sys.stderr)
         write(Path(out))
-        mark.write_text(recipe)  # last: what was interrupted is made again
+        mark.write_text(recipe)  # last, so that an interrupted run starts over
 
 
 def main() -> None:
@@ -316,7 +340,8 @@ def main() -> None:
     args = parser.parse_args()
     problems = write(args.out, args.seed).values()
     seen = sum(bool(p["image"]) for p in problems)
-    print(f"{len(problems)} problems, {seen} with a picture, in {args.out}", Counter(p["kind"] for p in problems))
+    print(f"{len(problems)} problems, {seen} with a picture, in {args.out}",
+          Counter(p["kind"] for p in problems))
 
 
 if __name__ == "__main__":
