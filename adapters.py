@@ -8,7 +8,7 @@ One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention 
         │                      ┌── phi_u1 ── f_a1(z) ── x w_0 ──┐     │
         └── phi_d ── dropout ──┤                                + ── x s
                                └── phi_u2 ── f_a2(z) ── x w_1 ──┘
-    t_m ── f_w ── / tau ── softmax ── w_0, w_1                                        Eq. (3)
+    t_m ── W_m, b_m ── / tau ── softmax ── w_0, w_1                                   Eq. (3)
 
 Why a modality token. One LLM has to serve text alone and text with an image, and the two need different
 adaptation. A token t_m states which of the two the input is. It acts only through the routers: in every
@@ -24,10 +24,10 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls] token, so there w differs from image to image.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Both phi_u start
-alike; the different weights w_0 and w_1 of the randomly initialised f_w make them differ.
+alike; the randomly initialised router gives them different weights w_0 and w_1, and so makes them differ.
 
-Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are the
-adapter's projections; the phi of Eq. (4) stands for the frozen LLM.
+Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
+the adapter's; the phi of Eq. (4) is the frozen LLM.
 """
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ class AdapterConfig:
 
 
 def recompute(f, *args):
-    """Run f without keeping its intermediates; rerun it in the backward pass. Used for cheap operations."""
+    """Run f without keeping its intermediates; rerun it in the backward pass."""
     if not torch.is_grad_enabled():
         return f(*args)
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)  # f draws no random numbers
@@ -103,14 +103,14 @@ class RepAdapter(nn.Module):
 
 
 class MMAdapter(nn.Module):
-    """Mixture-of-Modality Adapter: two RepAdapters that share phi_d, and f_w, which weighs them."""
+    """Mixture-of-Modality Adapter: two RepAdapters that share phi_d, and a router that weighs them."""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
         self.cfg = cfg
         self.phi_d = xavier(nn.Linear(d, cfg.dim))
         self.phi_u1, self.phi_u2 = GroupedLinear(cfg.dim, d), GroupedLinear(cfg.dim, d)
-        self.f_w = nn.Linear(d, 2)  # W_m, b_m
+        self.f_w = nn.Linear(d, 2)  # W_m and b_m; the paper's f_w includes the softmax
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
         """t [.., d], the token that the router reads (t_m in LLaMA, [cls] in the ViT) -> w [.., 2] in fp32"""
@@ -118,10 +118,7 @@ class MMAdapter(nn.Module):
         return torch.softmax(self.f_w(t).float() / self.cfg.tau, dim=-1)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """z [B, T, d], w [B or 1, T or 1, 2], keep [B, T, r] -> z' [B, T, d]
-
-        w has one pair per token if samples of both modalities are packed into one row, otherwise one per row.
-        """
+        """z [B, T, d], w [B or 1, T or 1, 2] (per token in packed rows), keep [B, T, r] -> z' [B, T, d]"""
         h = dropout(self.phi_d(z), keep, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
@@ -143,8 +140,8 @@ def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The adapter merged into the projection W [out, d] that follows it: W' z + b' = W adapter(z, w), w [2].
 
-    With phi_d(z) = A z + a and the mixed phi_u(h) = U h + b, structural re-parameterisation is W (z + s (U (A
-    z + a) + b)) = (W + s W U A) z + s W (U a + b). It is exact up to the rounding of W's dtype.
+    With phi_d(z) = A z + a, and phi_u(h) = U h + b mixed by w, structural re-parameterisation is
+    W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b), exact up to the rounding of W's dtype.
     """
     A, a = adapter.phi_d.weight, adapter.phi_d.bias  # [r, d], [r]
     if isinstance(adapter, MMAdapter):

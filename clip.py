@@ -91,10 +91,10 @@ class Block(nn.Module):
     def adapted(self, x, keep):
         """The input of the attention: normalise, then Eq. (2). There is no t_m here: the router reads [cls].
 
-        Released code: a slip in the layout of a tensor makes it read, for every image, the tokens of the
-        first image of the batch, so each token has its own w. Here: one w per image, from its own [cls].
-        routed_by "token" gives each token its own w, as the released code does for a batch of one image;
-        adapters that the authors released need it.
+        Released code: reads the wrong axis of a tensor. It gets all tokens of the batch's first image instead
+        of all [cls] tokens, and token i of every image is routed by token i of the first. Here: every image
+        by its own [cls]. routed_by "token" routes each token by itself, as the released code does for a batch
+        of one image; adapters that the authors released need it.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

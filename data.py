@@ -6,7 +6,7 @@ explanation):
     head      [BOS] "Image: "
     X'        the six visual tokens, which LaVIN inserts
     prompt    "Question: Which of these .. ?\nContext: N/A\nOptions: (A) copper (B) glass\nResponse:"
-    response  " The answer is A. BECAUSE: .." [EOS]
+    response  "The answer is A. BECAUSE: .." [EOS]
 
 Without an image the head is [BOS] "Image: N/A". The targets are the response and EOS. The modality token is
 not in the sequence (see adapters.py).
@@ -153,8 +153,8 @@ class DropoutMasks(NamedTuple):
         return masks
 
 
-def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[list[list[int]]]:
-    """Split the samples of a global batch: for each rank its micro-batches of at most `micro` samples.
+def deal(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
+    """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank, because the largest one
     decides the peak memory.
@@ -167,7 +167,8 @@ def deal(chosen: list[int], lengths: list[int], ranks: int, micro: int) -> list[
             dealt[g if lap % 2 == 0 else groups - 1 - g].append(i)
         return dealt
 
-    return [back_and_forth(share, math.ceil(len(share) / micro)) for share in back_and_forth(chosen, ranks)]
+    shares = back_and_forth(chosen, ranks)
+    return [back_and_forth(share, math.ceil(len(share) / micro_batch)) for share in shares]
 
 
 class Steps(torch.utils.data.Dataset):
@@ -176,9 +177,9 @@ class Steps(torch.utils.data.Dataset):
     Each epoch shuffles all samples, with and without an image: the paper's mixture-of-modality training.
     """
 
-    def __init__(self, examples: list[Example], batch_size: int, micro: int, rank: int, ranks: int, seed: int,
-                 image_size: int, normalize: str, dropout: DropoutMasks | None = None):
-        self.examples, self.batch_size, self.micro = examples, batch_size, micro
+    def __init__(self, examples: list[Example], batch_size: int, micro_batch: int, rank: int, ranks: int,
+                 seed: int, image_size: int, normalize: str, dropout: DropoutMasks | None = None):
+        self.examples, self.batch_size, self.micro_batch = examples, batch_size, micro_batch
         self.rank, self.ranks, self.seed = rank, ranks, seed
         self.image_size, self.normalize, self.dropout = image_size, normalize, dropout
         self.lengths = [e.length for e in examples]
@@ -197,17 +198,17 @@ class Steps(torch.utils.data.Dataset):
         chosen = self.chosen(step)
         n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
         batches = []
-        for micro in deal(chosen, self.lengths, self.ranks, self.micro)[self.rank]:
-            examples = [self.examples[i] for i in micro]
+        for indices in deal(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
+            examples = [self.examples[i] for i in indices]
             batch = collate(examples, self.image_size, self.normalize)
             if self.dropout:
-                batch = batch._replace(**self.dropout.draw(examples, [[self.seed, step, i] for i in micro]))
+                batch = batch._replace(**self.dropout.draw(examples, [[self.seed, step, i] for i in indices]))
             batches.append(batch)
         return batches, n_targets
 
 
 def prefetch(steps: Steps, which: range, workers: int, pin_memory: bool) -> Iterator[tuple[list[Batch], int]]:
-    """Items of `steps`, prepared by worker processes. Of a worker's traceback only the message is kept."""
+    """Items of `steps`, prepared by worker processes. An error in a worker keeps only its message."""
     try:
         yield from torch.utils.data.DataLoader(steps, batch_size=None, sampler=which, num_workers=workers,
                                                pin_memory=pin_memory)

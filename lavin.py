@@ -37,7 +37,7 @@ LOSS_ROWS = 256  # rows of logits that exist at once; one row of 32,000 logits t
 
 
 @dataclass
-class LaVINConfig:
+class LaVINConfig:  # defaults: the paper's; train.py passes all values
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     vision: bool = True  # False: text only, no image encoder (first row of Table 2)
     vit_adapters: bool = True  # adapters in the ViT too: "joint optimisation" in Table 2
@@ -65,21 +65,6 @@ def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, targets: torc
     return -log_p.gather(1, targets[:, None]).sum()
 
 
-def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """loss(hidden, W, targets), a sum over rows with frozen W, without ever holding all R x V logits.
-
-    Compute the loss of LOSS_ROWS rows together with its gradient, and keep only the gradient [R, C].
-    """
-    total, gradients = torch.zeros((), device=hidden.device), []
-    for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
-        with torch.enable_grad():
-            part = loss(rows.requires_grad_(), W, its_targets)
-        gradients += torch.autograd.grad(part, rows)
-        total += part.detach()
-    # the second term is 0; its gradient with respect to `hidden` is the one computed above
-    return total + (torch.cat(gradients) * (hidden - hidden.detach())).sum()
-
-
 class LaVIN(nn.Module):
     def __init__(self, llama: LLaMA, vit: VisionTransformer | None, cfg: LaVINConfig):
         super().__init__()
@@ -91,7 +76,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters for every kind: only so Table 2's parameters add up
+        if cfg.vision and cfg.vit_adapters:  # always MM-Adapters: Table 2's counts ask for it
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -137,7 +122,7 @@ class LaVIN(nn.Module):
             # Y is head and rest; in training, rest ends with the response. t_m runs apart, see LLaMA.route.
             # The paper puts X' before Y. Released code and here: after the head, [BOS] "Image: ".
             X_prime = [next(X_primes).type_as(head)] if modality == IMAGE else []
-            Z.append(torch.cat([head, *X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y] or [t_m, Y]
+            Z.append(torch.cat([head, *X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y], X' inside Y, t_m apart
         return Z
 
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -205,12 +190,12 @@ class LaVIN(nn.Module):
 
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
-               top_p: float = 0.75, seed: int = 0, step: Callable | None = None) -> Iterator[list]:
+               top_p: float = 0.75, seed: int = 0, fast_decode: Callable | None = None) -> Iterator[list]:
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
-        Rows may differ in length and modality, and do not influence each other: a step draws one random
-        number, the same for all rows. ValueError if a prompt does not fit the context. For a folded model,
-        step(token, cache) may replace `decode`, which is slower.
+        Rows may differ in length and modality. A row's answer does not depend on the others: each step draws
+        one random number, however many rows use it. ValueError if a prompt does not fit the context.
+        fast_decode(token, cache): replaces `decode` for a folded model, see speed/step.py.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -229,7 +214,7 @@ class LaVIN(nn.Module):
             if all(done):
                 return
             yield [None if d else id for d, id in zip(done, ids)]
-            logits = step(token, cache) if step else self.decode(w, token, cache)
+            logits = fast_decode(token, cache) if fast_decode else self.decode(w, token, cache)
 
     def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""
@@ -241,6 +226,22 @@ class LaVIN(nn.Module):
         """Write the adapters, with everything needed to rebuild this model around the same base."""
         sizes = {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg)}
         write_adapters(path, adapters.trainable(self), sizes | {"base": weights.fingerprint(self)} | meta)
+
+
+def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """loss(hidden, W, targets), a sum over rows, and its gradient, without all R x V logits at once.
+
+    Compute the loss of LOSS_ROWS rows together with its gradient, and keep only the gradient [R, C]. W is
+    frozen.
+    """
+    total, gradients = torch.zeros((), device=hidden.device), []
+    for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
+        with torch.enable_grad():
+            part = loss(rows.requires_grad_(), W, its_targets)
+        gradients += torch.autograd.grad(part, rows)
+        total += part.detach()
+    zero = hidden - hidden.detach()  # with gradient 1
+    return total + (torch.cat(gradients) * zero).sum()
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:

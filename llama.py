@@ -43,7 +43,7 @@ PRESETS = {
     "7B": LLaMAConfig(),
     "13B": LLaMAConfig(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
     "tiny": LLaMAConfig(dim=128, n_layers=4, n_heads=8, ffn_dim=352, vocab_size=1096, norm_eps=1e-5,
-                        rope_theta=100.0, max_seq_len=256),  # a short context needs no long waves
+                        rope_theta=100.0, max_seq_len=256),  # a short context needs only high frequencies
 }
 
 
@@ -77,15 +77,16 @@ def dot_product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **m
 
 
 class KVCache:
-    """Keys and values of B rows, [L, B, H, S, D]. Slot s of a row holds its token at position s.
+    """Keys and values of B rows: k and v are lists of L tensors [B, H, S, D]. Slot s of a row: position s.
 
     Rows may differ in length. The padding behind a shorter prompt lands in the cache too, but no query looks
     beyond its own position, and the row's next tokens overwrite it.
     """
 
     def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
-        shape = cfg.n_layers, B, cfg.n_heads, S, cfg.dim // cfg.n_heads
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = B, cfg.n_heads, S, cfg.dim // cfg.n_heads
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
+                          for _ in range(2))
         self.rows = torch.arange(B, device=device)[:, None]
         self.lengths = torch.zeros_like(self.rows[:, 0])  # tokens in each row
         self.filled = 0  # tokens in the longest row
@@ -97,9 +98,10 @@ class KVCache:
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, H, D] at positions [B or 1, T]; return all keys and values, [B, filled, H, D]."""
-        for cache, new in ((self.k[layer], k), (self.v[layer], v)):  # cache [B, H, S, D]
-            cache[self.rows, :, positions] = new  # the indexed part has the shape of `new`, [B, T, H, D]
-        return tuple(cache[layer, :, :, :self.filled].transpose(1, 2) for cache in (self.k, self.v))
+        keys, values = self.k[layer], self.v[layer]  # [B, H, S, D]
+        keys[self.rows, :, positions] = k  # the indexed part has the shape of k, [B, T, H, D]
+        values[self.rows, :, positions] = v
+        return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
 
 
 class Attention(nn.Module):

@@ -6,7 +6,8 @@
     python sample.py --chat --image x.jpg                              several turns about one image
     python sample.py --routing                                         how each layer weighs its two adapters
 
-The answer goes to stdout, everything else to stderr.
+The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
+image and writes the prompt in the format of the training, after the earlier prompts and answers.
 """
 import sys
 import time
@@ -50,13 +51,14 @@ def answer(conversation: Conversation, step: FastStep, prompt: str, cfg: Config)
     """Print the answer to one prompt as it is generated, and keep it as a turn."""
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
-    batch, ids = conversation.batch(prompt, cfg.context, max_new_tokens), []  # one row: image and token ids
+    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # one row: image, earlier turns, prompt
+    ids = []  # of the answer
     meter = Meter(model, batch.lengths[0])
 
-    sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "seed": cfg.seed, "step": step}
+    sampling = cfg.temperature, cfg.top_p, cfg.seed
 
     def tokens():
-        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, **sampling):
+        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, *sampling, fast_decode=step):
             ids.append(id)
             meter.tick()
             yield id

@@ -87,12 +87,9 @@ RECIPES = {"tiny": {}, "paper": dict(
 
 
 def schedule(step: int, warmup: int, total: int) -> float:
-    """The learning rate's share of its peak: linear up, cosine down to 0.
-
-    Released code: starts at 0, so its first update is lost. Here: starts at 1 / warmup.
-    """
+    """The learning rate's share of its peak: linear up, cosine down to 0."""
     if step < warmup:
-        return (step + 1) / warmup
+        return (step + 1) / warmup  # released code: step / warmup, so its first update is lost
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -140,14 +137,14 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 
 
 def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, list]:
-    """Model, tokenizer, training examples, and the problems to answer after training."""
-    mixture = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision))
-               for source in prompts.mixture(cfg.data)]
-    tested = next((source for source, _ in mixture if source.kind == "scienceqa" and cfg.split), None)
+    """Model, tokenizer, training examples, problems to answer. A source is one data set of --data."""
+    datasets = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision))
+                for source in prompts.mixture(cfg.data)]
+    tested = next((source for source, _ in datasets if source.kind == "scienceqa" and cfg.split), None)
     tests = tested.read(cfg.split, cfg.format, cfg.captions, cfg.vision) if tested else []
     model, tokenizer = build(cfg, device, dtype)
     examples = []
-    for source, samples in mixture:
+    for source, samples in datasets:
         kept, count = data.encode_all(samples, tokenizer, model.vit.n_cls if model.vit else 0, cfg.max_len)
         say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept
@@ -207,19 +204,19 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             loss_sum += loss.detach()
         if ranks > 1:
             dist.all_reduce(buffer)  # sum
-        norm2 = gradients.square().sum()
+        squared_norm = gradients.square().sum()
         if cfg.clip_grad:
-            gradients.mul_((cfg.clip_grad / norm2.sqrt()).clamp(max=1))
+            gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
         optimizer.step()
 
         done = step + 1
         if is_main:
-            log.step(torch.stack([loss_sum, norm2]), sum(steps.lengths[i] for i in steps.chosen(step)))
+            log.step(torch.stack([loss_sum, squared_norm]), sum(steps.lengths[i] for i in steps.chosen(step)))
         to_save = done % cfg.save_every == 0 or done == stop
         if is_main and (to_save or done % cfg.log_every == 0):
-            losses = log.line(done, optimizer.param_groups[0]["lr"], device)
+            losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # those since the last line
             check_losses(losses, done, steps)
         if is_main and to_save:
             save_checkpoint(out / "checkpoint.pt", model, optimizer, done, run)

@@ -45,28 +45,28 @@ def check(what: str, here, there, source: str = "naive.py") -> None:
 
 def naive_run(p: dict, e) -> tuple:
     """A sample, from ids and pixels -> Z with t_m in front, w of each layer, log p of each target"""
-    ids = e.head + [0] * e.n_visual + list(e.rest)  # X' replaces the zeros
+    ids = e.head + [0] * e.n_visual + list(e.rest)  # head, X' in place of zeros, prompt and response
     Z = naive.sequence(ids, picture.numpy() if e.n_visual else None, len(e.head), p, model.cfg, model.vit.cfg)
     h, w = naive.llama(Z, naive.sub(p, "llama."), model.llama.cfg, model.cfg.adapter, token=True)
     log_p = np.log(naive.softmax(h[1:] @ p["llama.output.weight"].T))  # [T, V]
     return Z, np.stack(w), log_p[range(e.start - 1, e.length - 1), e.rest[e.n_prompt:]]
 
-# %% The model. A question about an image, then with a right and a wrong response, then without the image
+# %% Four inputs: a question about an image, with the right response, with a wrong one, without the image
 torch.set_grad_enabled(False), torch.set_num_threads(1)  # only Eq. (4) needs gradients
 model, _ = lavin.load("tiny/adapters.safetensors", "tiny/llama", "tiny/clip")
-tokenizer, n_cls = Tokenizer("tiny/llama"), model.vit.n_cls
+tokenizer, n_cls, vit_size = Tokenizer("tiny/llama"), model.vit.n_cls, model.vit.cfg.image_size
 prompt = "Question: What color is the circle?\nContext: N/A\nOptions: (A) green (B) blue (C) red\nResponse:"
 RED = "There is left a big red circle, right a small blue square. The circle is red. The answer is C."
 asked, right, wrong, text = (encode(Sample("", prompt, R, image, {}), tokenizer, n_cls) for R, image in zip(
     ("", RED, "The answer is B.", ""), 3 * ["tiny/demo.png"] + [None]))
-batch, right_batch, wrong_batch = (collate([e], 64, model.cfg.normalize) for e in (asked, right, wrong))
+batch, right_batch, wrong_batch = (collate([e], vit_size, "clip") for e in (asked, right, wrong))
 picture, p = batch.images[0], naive.params(model)
 (Z, w_image, _), (Z_text, w_text, _) = naive_run(p, asked), naive_run(p, text)
 print(f"tiny/demo.png shows a big red circle, left of a small blue square. The prompt:\n\n{prompt}")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.routing_weights)
-with patch.object(model.llama, "route", lambda t: t):  # makes it return t_m
+with patch.object(model.llama, "route", lambda t: t):  # so routing_weights() returns t_m
     check("t_m", model.routing_weights(), np.stack([Z_text[0], Z[0]]))
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)). Z: the words, normalised for the first attention.
@@ -77,7 +77,7 @@ adapted, adapter_p = layer.adapter_attn(words, w[0, IMAGE]), naive.sub(p, "llama
 check("Z'", adapted, naive.mm_adapter(words.double().numpy(), w_image[0], adapter_p, model.cfg.adapter.scale))
 bare, vit = llama.LLaMA.from_pretrained("tiny/llama"), clip.VisionTransformer.from_pretrained("tiny/clip")
 before = bare(batch.tokens[None]), vit(batch.images)
-w_untrained = LaVIN(bare, vit, model.cfg).routing_weights()[:, [IMAGE], None]  # LaVIN() adds new adapters
+w_untrained = LaVIN(bare, vit, model.cfg).routing_weights()[:, [IMAGE], None]  # adds adapters to both
 after = bare(batch.tokens[None], w_untrained), vit(batch.images)
 print("Untrained adapters leave every bit of the output as it was:", all(map(torch.equal, before, after)))
 
@@ -90,17 +90,18 @@ print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
 w_vit, exchanged = [], picture.flip(0)  # red and blue exchanged
 for block in model.vit.transformer.resblocks:
-    block.adapter_attn.register_forward_pre_hook(lambda _, args: w_vit.append(args[1][:, 0, 0]))
+    block.adapter_attn.register_forward_pre_hook(lambda _, z_w_keep: w_vit.append(z_w_keep[1][:, 0, 0]))
 X = model.vit(torch.stack([picture, exchanged]))
 print("w_0 in the ViT: each image has its own. The demo, and the demo with red and blue exchanged:",
       *(f"    block {i}: demo {a:.3f}, exchanged {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
 
-# %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One slope of L, also by a finite step.
+# %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains", freeze_base)
 with torch.enable_grad():
     model(wrong_batch).backward()
-assert {n for n, x in model.named_parameters() if x.grad is not None} == trainable(model).keys(), "phi trains"
-b_d = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # far from L; move its 8 numbers together
+moved = {n for n, x in model.named_parameters() if x.grad is not None}
+assert moved == trainable(model).keys(), "a frozen parameter trains"
+b_d = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # far from the loss; shift its 8 numbers alike
 low, high = (-naive_run(p | {b_d: p[b_d] + step}, wrong)[2].sum() for step in (-1e-4, 1e-4))
 check("dL/db_d", trainable(model)[b_d].grad.sum(), (high - low) / 2e-4)
 with torch.device("meta"):  # the sizes without the numbers
@@ -108,7 +109,7 @@ with torch.device("meta"):  # the sizes without the numbers
 a, vit_block = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0]
 n = [sum(x.numel() for x in m.parameters() if x.requires_grad)
      for m in (*a.children(), a, vit_block, big.adapter_proj, big.adapter_modality_embedding, big)]
-print("One adapter of LLaMA-7B has {:,} + {:,} + {:,} + {:,} = {:,} parameters.".format(*n))
+print("One adapter of LLaMA-7B: {:,} (phi_d) + {:,} (phi_u1) + {:,} (phi_u2) + {:,} (f_w) = {:,}.".format(*n))
 print("LaVIN-7B trains 32 x {:,} + 24 x {:,} + {:,} (neck) + {:,} (E_m) = {:,}.".format(*n[4:]))
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
@@ -121,7 +122,7 @@ check("X'", model.adapter_proj(X[0]), Z[1 + len(asked.head):][:n_cls])
 
 # %% Eq. (7): Z = [t_m, X', Y]
 equation(7, "the input of LLaMA", LaVIN.embed)
-check("Z behind t_m", model.embed(batch)[0], Z[1:])
+check("Z after t_m", model.embed(batch)[0], Z[1:])
 for e, head in ((asked, tokenizer.decode(asked.head)), (text, tokenizer.decode(text.head))):
     print(f"{1 + e.length} tokens: t_m, [BOS] {head!r}, X' x {e.n_visual}, then {len(e.rest)} of the prompt")
 
@@ -140,7 +141,7 @@ with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attent
     model.hidden(right_batch)
 q, k = (x[0] for x in attention.call_args.args[:2])  # of the last layer, rotated: [T, H, D]
 names = [repr(tokenizer.decode([id])) for id in right.head + list(right.rest)]
-names[len(right.head):0] = [f"X'_{i + 1}" for i in range(n_cls)]
+names = names[:len(right.head)] + [f"X'_{i + 1}" for i in range(n_cls)] + names[len(right.head):]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print('\nThe token before "red" looks at (last layer, mean of the heads):',

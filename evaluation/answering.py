@@ -43,7 +43,7 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
     longest = max(e.length for e in questions) + max_new_tokens
     batch_size = min(batch_size, rows_that_fit(model, longest))
     complete = completeness(tokenizer, until)
-    sampling = dict(temperature=temperature, top_p=top_p, seed=seed, step=FastStep(model))
+    sampling = dict(temperature=temperature, top_p=top_p, seed=seed, fast_decode=FastStep(model))
     texts, started = {}, time.time()
     for rows in batches(questions, batch_size):
         batch = data.collate(rows, image_size, model.cfg.normalize).to(model.device)

@@ -57,7 +57,7 @@ class Program(FastStep):
         self.loaded, module = None, next(iter(self.modules.values()))
         cache = KVCache(self.cfg, 1, 32, dtype=model.llama.norm.weight.dtype)
         slots, filled = torch.export.Dim("slots"), torch.export.Dim("filled")
-        example = torch.tensor([1]), torch.tensor([15]), self.rope[:16], [*cache.k], [*cache.v]
+        example = torch.tensor([1]), torch.tensor([15]), self.rope[:16], cache.k, cache.v
         shapes = None, None, {0: filled}, [{2: slots}] * L, [{2: slots}] * L
         with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")  # torch's warnings about itself
@@ -72,7 +72,7 @@ class Program(FastStep):
             parameters = dict(module.named_parameters())
             self.program.load_constants(parameters, check_full_update=True, user_managed=True)
             self.loaded = weights
-        return self.program(token, position, self.rope[:cache.filled], [*cache.k], [*cache.v])
+        return self.program(token, position, self.rope[:cache.filled], cache.k, cache.v)
 
 
 class Graph(FastStep):
@@ -88,11 +88,11 @@ class Graph(FastStep):
 
     def keep(self, cache: KVCache) -> None:
         """Copy a new cache. Round its slots up to a power of two, so that few sizes are compiled."""
-        slots = max(256, 1 << (cache.k.shape[3] - 1).bit_length())
+        slots = max(256, 1 << (cache.k[0].shape[2] - 1).bit_length())
         if slots != self.slots:
             c, self.slots, device = self.cfg, slots, self.model.device
-            kept = KVCache(c, 1, slots, device, cache.k.dtype)
-            self.keys, self.values = [*kept.k], [*kept.v]
+            kept = KVCache(c, 1, slots, device, cache.k[0].dtype)
+            self.keys, self.values = kept.k, kept.v
             self.rope = rope_real(slots, c.dim // c.n_heads, c.rope_theta, device)
             self.all_slots = torch.arange(slots, device=device)
             for x in (*self.keys, *self.values, self.rope):

@@ -46,7 +46,7 @@ def lavin_answer(model: LaVIN, batch: data.Batch, n: int, step: Callable | None)
     """A function that answers the one row of `batch` with n tokens."""
     def answer():
         tokens, times = [], []
-        for (token,) in model.stream(batch, n, eos=-1, temperature=0.0, step=step):
+        for (token,) in model.stream(batch, n, eos=-1, temperature=0.0, fast_decode=step):
             tokens.append(token)
             times.append(time.perf_counter())
         return tokens, times

@@ -85,8 +85,8 @@ def test_a_step_reads_only_the_filled_slots(lavin):
     for rows in (ROWS[:1], ROWS):
         with torch.inference_mode():
             logits, cache, w = lavin.prefill(make_batch(rows), room=6)
-            for x in (cache.k, cache.v):
-                x[:, :, :, cache.filled + 2:] = float("nan")
+            for x in cache.k + cache.v:
+                x[:, :, cache.filled + 2:] = float("nan")
             for _ in range(2):
                 assert lavin.decode(w, torch.full((len(rows),), 5), cache).isfinite().all()
 
@@ -171,12 +171,13 @@ def test_the_fast_step_equals_decode(dtype):
                 token = torch.tensor([t % 7 + 3])
                 a, b = model.decode(None, token, caches[0]), fast(token, caches[1])
                 assert close(b, a, 1e-5 if dtype == torch.float32 else 0.05)
-        assert close(caches[1].k, caches[0].k, 1e-5 if dtype == torch.float32 else 0.05)
-        answers = [model.generate(batch, 12, eos=2, temperature=0.0, step=s) for s in (None, fast)]
+        keys = [torch.stack(cache.k) for cache in caches]
+        assert close(keys[1], keys[0], 1e-5 if dtype == torch.float32 else 0.05)
+        answers = [model.generate(batch, 12, eos=2, temperature=0.0, fast_decode=s) for s in (None, fast)]
         assert answers[0] == answers[1] or dtype == torch.bfloat16
     rows = make_batch(PROMPTS[::2])  # with several rows, generate uses decode instead
     expected = model.generate(rows, 8, eos=2, temperature=0.0)
-    assert model.generate(rows, 8, eos=2, temperature=0.0, step=fast) == expected
+    assert model.generate(rows, 8, eos=2, temperature=0.0, fast_decode=fast) == expected
 
 
 def test_pictures_do_not_depend_on_batch_mates(lavin):
@@ -309,13 +310,13 @@ def test_the_compiled_step_equals_decode(lavin):
                 token = torch.tensor([t % 7 + 3])
                 assert close(compiled(token, caches[1]), lavin.decode(None, token, caches[0]))
         n = caches[1].filled
-        for x, y in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
+        for x, y in (map(torch.stack, pair) for pair in zip(*((c.k, c.v) for c in caches))):
             assert close(x, y) and y[:, :, :, n - 1].abs().sum() > 0 and y[:, :, :, n:].abs().sum() == 0
-        answers = [lavin.generate(batch, 8, eos=2, temperature=0.0, step=s) for s in (compiled, None)]
+        answers = [lavin.generate(batch, 8, eos=2, temperature=0.0, fast_decode=s) for s in (compiled, None)]
         assert answers[0] == answers[1]
     rows = make_batch(PROMPTS[::2])  # with several rows, generate uses decode instead
     expected = lavin.generate(rows, 8, eos=2, temperature=0.0)
-    assert lavin.generate(rows, 8, eos=2, temperature=0.0, step=compiled) == expected
+    assert lavin.generate(rows, 8, eos=2, temperature=0.0, fast_decode=compiled) == expected
 
 
 def test_a_graph_step_with_one_static_cache_equals_decode(lavin, monkeypatch):
@@ -325,7 +326,7 @@ def test_a_graph_step_with_one_static_cache_equals_decode(lavin, monkeypatch):
     plain = lavin.fold(1).generate(row, 8, eos=2, temperature=0.0)
     graph = compiling.Graph(lavin)
     for _ in range(2):  # in the second round, the cache still holds the first answer
-        assert lavin.generate(row, 8, eos=2, temperature=0.0, step=graph) == plain
+        assert lavin.generate(row, 8, eos=2, temperature=0.0, fast_decode=graph) == plain
     assert graph.slots == 256
 
 
