@@ -118,7 +118,7 @@ class MMAdapter(nn.Module):
         return torch.softmax(self.f_w(t).float() / self.cfg.tau, dim=-1)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """z [B, T, d], w [B or 1, T or 1, 2] (per token in packed rows), keep [B, T, r] -> z' [B, T, d]"""
+        """z [B, T, d], w [B, 1, 2] or, for rows of several samples, [1, T, 2], keep [B, T, r] -> z'"""
         h = dropout(self.phi_d(z), keep, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
@@ -159,7 +159,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Freeze everything but the adapters; return the parameters that train, by name."""
+    """Freeze everything but adapters, neck and E_m; return the parameters that train, by name."""
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a): the LLM's phi is fixed, theta_a trains
     for name, p in model.named_parameters():
         p.requires_grad_("adapter_" in name)

@@ -94,7 +94,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` it is
-    image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X', if a chat has kept it
+    image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X' of an earlier turn
     keep_llama: torch.Tensor | None = None  # [L, 1, T, r], dropout's masks; None: no dropout
     keep_vit: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
@@ -124,7 +124,7 @@ def collate(examples: list[Example], image_size: int, normalize: str,
     return batch._replace(images=images, image_index=torch.tensor([distinct.index(file) for file in files]))
 
 
-class DropoutMasks(NamedTuple):
+class MaskSampler(NamedTuple):
     """Draws dropout's masks. They belong to the batch, so recomputation in the backward pass reuses them."""
     p: float
     r: int  # adapter width
@@ -133,8 +133,8 @@ class DropoutMasks(NamedTuple):
     vit_tokens: int
 
     @classmethod
-    def of(cls, model) -> "DropoutMasks | None":
-        """Of the sizes that a LaVIN needs; None if it trains without dropout."""
+    def of(cls, model) -> "MaskSampler | None":
+        """A sampler of masks for this model; None if it trains without dropout."""
         cfg, vit = model.cfg.adapter, model.vit if model.cfg.vit_adapters else None
         blocks, tokens = (vit.cfg.layers, len(vit.positional_embedding)) if vit else (0, 0)
         return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
@@ -178,7 +178,7 @@ class Steps(torch.utils.data.Dataset):
     """
 
     def __init__(self, examples: list[Example], batch_size: int, micro_batch: int, rank: int, ranks: int,
-                 seed: int, image_size: int, normalize: str, dropout: DropoutMasks | None = None):
+                 seed: int, image_size: int, normalize: str, dropout: MaskSampler | None = None):
         self.examples, self.batch_size, self.micro_batch = examples, batch_size, micro_batch
         self.rank, self.ranks, self.seed = rank, ranks, seed
         self.image_size, self.normalize, self.dropout = image_size, normalize, dropout
@@ -208,7 +208,7 @@ class Steps(torch.utils.data.Dataset):
 
 
 def prefetch(steps: Steps, which: range, workers: int, pin_memory: bool) -> Iterator[tuple[list[Batch], int]]:
-    """Items of `steps`, prepared by worker processes. An error in a worker keeps only its message."""
+    """Items of `steps`, prepared by worker processes. If a worker fails, only its message is raised."""
     try:
         yield from torch.utils.data.DataLoader(steps, batch_size=None, sampler=which, num_workers=workers,
                                                pin_memory=pin_memory)

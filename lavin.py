@@ -12,7 +12,7 @@ Adapters are stored in fp32, because their updates are small. Norms, the routers
 computed in fp32.
 
 Shapes: B samples, T tokens, C LLaMA's width, n [cls] tokens per image, v ViT width, h neck width, L LLaMA
-layers, V vocabulary, R targets.
+layers, V vocabulary, N targets.
 """
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -33,11 +33,11 @@ from llama import KVCache, LLaMA
 from official.adapter_files import fill, write_adapters
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
-LOSS_ROWS = 256  # rows of logits that exist at once; one row of 32,000 logits takes 128 KB in fp32
+LOSS_ROWS = 256  # rows of logits that exist at once
 
 
 @dataclass
-class LaVINConfig:  # defaults: the paper's; train.py passes all values
+class LaVINConfig:  # defaults: the paper's; train.py passes its own
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     vision: bool = True  # False: text only, no image encoder (first row of Table 2)
     vit_adapters: bool = True  # adapters in the ViT too: "joint optimisation" in Table 2
@@ -59,8 +59,8 @@ class Neck(nn.Module):
 
 
 def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """hidden [R, C], W [V, C], targets [R] -> fp32 scalar"""
-    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [R, V]
+    """hidden [N, C], W [V, C], targets [N] -> fp32 scalar"""
+    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [N, V]
     # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s = 1 .. S+1, because EOS counts
     return -log_p.gather(1, targets[:, None]).sum()
 
@@ -76,7 +76,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # always MM-Adapters: Table 2's counts ask for it
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep", as Table 2's counts imply
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -229,10 +229,9 @@ class LaVIN(nn.Module):
 
 
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """loss(hidden, W, targets), a sum over rows, and its gradient, without all R x V logits at once.
+    """loss(hidden, W, targets), a sum over rows, and its gradient, without all N x V logits at once.
 
-    Compute the loss of LOSS_ROWS rows together with its gradient, and keep only the gradient [R, C]. W is
-    frozen.
+    Compute the loss of LOSS_ROWS rows together with its gradient, and keep only this, [N, C]. W is frozen.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
@@ -240,7 +239,7 @@ def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor
             part = loss(rows.requires_grad_(), W, its_targets)
         gradients += torch.autograd.grad(part, rows)
         total += part.detach()
-    zero = hidden - hidden.detach()  # with gradient 1
+    zero = hidden - hidden.detach()  # its derivative with respect to hidden is 1
     return total + (torch.cat(gradients) * zero).sum()
 
 

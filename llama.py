@@ -9,9 +9,10 @@ There are three ways through the blocks. `forward` trains on whole sequences, pa
 padding. `prefill` reads prompts into a cache. `decode` reads one more token per row. The three differ only in
 which keys a query may see: each hands its own function `attend(layer, q, k, v)` to the blocks.
 
-What one block keeps of a token for the backward pass: x, q, k, v, the attention's output, the log-sum-exp of
-the query's scores per head, x after the attention, w1(x) and w3(x). Frozen projections keep nothing, because
-their weights need no gradient. Norms, adapters and the SwiGLU product are recomputed.
+What one block keeps of a token for the backward pass: x, q, k, v, the attention's output, x after the
+attention, w1(x), w3(x), and the log-sum-exp of the query's scores, from which fused attention recomputes its
+softmax. Frozen projections keep nothing, because their weights need no gradient. Norms, adapters and SwiGLU's
+product are recomputed. The ViT's blocks do the same.
 
 Shapes: B rows, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
@@ -99,7 +100,7 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, H, D] at positions [B or 1, T]; return all keys and values, [B, filled, H, D]."""
         keys, values = self.k[layer], self.v[layer]  # [B, H, S, D]
-        keys[self.rows, :, positions] = k  # the indexed part has the shape of k, [B, T, H, D]
+        keys[self.rows, :, positions] = k  # the indices come first: this part of keys is [B, T, H, D]
         values[self.rows, :, positions] = v
         return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
 

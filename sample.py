@@ -120,7 +120,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    step = FastStep(model.fold(*modalities))  # the same result as LaVIN.decode for one row, in less time
+    model.fold(*modalities)
+    step = FastStep(model)  # the same result as LaVIN.decode for one row, in less time
     if cfg.compile:
         from speed.compiling import compile_step
         started, step = time.time(), compile_step(model)

@@ -167,12 +167,11 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
     is_main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
     model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
     image_size = model.vit.cfg.image_size if model.vit else 0
     steps = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed, image_size,
-                       cfg.normalize, data.DropoutMasks.of(model))
+                       cfg.normalize, data.MaskSampler.of(model))
     total, warmup = max(1, round(cfg.epochs * steps.per_epoch)), round(cfg.warmup * steps.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     params = trainable(model)
@@ -213,10 +212,11 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
         done = step + 1
         if is_main:
-            log.step(torch.stack([loss_sum, squared_norm]), sum(steps.lengths[i] for i in steps.chosen(step)))
+            tokens = sum(steps.lengths[i] for i in steps.chosen(step))
+            log.step(torch.stack([loss_sum, squared_norm]), tokens)
         to_save = done % cfg.save_every == 0 or done == stop
         if is_main and (to_save or done % cfg.log_every == 0):
-            losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # those since the last line
+            losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # since the last line
             check_losses(losses, done, steps)
         if is_main and to_save:
             save_checkpoint(out / "checkpoint.pt", model, optimizer, done, run)

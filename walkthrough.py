@@ -44,7 +44,7 @@ def check(what: str, here, there, source: str = "naive.py") -> None:
     assert difference < 1e-4, f"{what} differs from {source} by {difference}"
 
 def naive_run(p: dict, e) -> tuple:
-    """A sample, from ids and pixels -> Z with t_m in front, w of each layer, log p of each target"""
+    """p: weights; e: a sample -> Z with t_m in front (token=True), w of each layer, log p of each target"""
     ids = e.head + [0] * e.n_visual + list(e.rest)  # head, X' in place of zeros, prompt and response
     Z = naive.sequence(ids, picture.numpy() if e.n_visual else None, len(e.head), p, model.cfg, model.vit.cfg)
     h, w = naive.llama(Z, naive.sub(p, "llama."), model.llama.cfg, model.cfg.adapter, token=True)
@@ -66,10 +66,10 @@ print(f"tiny/demo.png shows a big red circle, left of a small blue square. The p
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.routing_weights)
-with patch.object(model.llama, "route", lambda t: t):  # so routing_weights() returns t_m
+with patch.object(model.llama, "route", lambda t: t):  # the end of routing_weights(): now it returns t_m
     check("t_m", model.routing_weights(), np.stack([Z_text[0], Z[0]]))
 
-# %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)). Z: the words, normalised for the first attention.
+# %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z)). Z: normalised words
 equation(2, "the MM-Adapter", MMAdapter.forward)
 layer, w = model.llama.layers[0], model.routing_weights()  # w [L, 2, 2] comes from Eq. (3)
 words = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [20, C]
@@ -77,8 +77,8 @@ adapted, adapter_p = layer.adapter_attn(words, w[0, IMAGE]), naive.sub(p, "llama
 check("Z'", adapted, naive.mm_adapter(words.double().numpy(), w_image[0], adapter_p, model.cfg.adapter.scale))
 bare, vit = llama.LLaMA.from_pretrained("tiny/llama"), clip.VisionTransformer.from_pretrained("tiny/clip")
 before = bare(batch.tokens[None]), vit(batch.images)
-w_untrained = LaVIN(bare, vit, model.cfg).routing_weights()[:, [IMAGE], None]  # adds adapters to both
-after = bare(batch.tokens[None], w_untrained), vit(batch.images)
+untrained = LaVIN(bare, vit, model.cfg)  # puts new adapters into bare and vit
+after = bare(batch.tokens[None], untrained.routing_weights()[:, [IMAGE], None]), vit(batch.images)
 print("Untrained adapters leave every bit of the output as it was:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
@@ -101,7 +101,7 @@ with torch.enable_grad():
     model(wrong_batch).backward()
 moved = {n for n, x in model.named_parameters() if x.grad is not None}
 assert moved == trainable(model).keys(), "a frozen parameter trains"
-b_d = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # far from the loss; shift its 8 numbers alike
+b_d = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # passes ViT and LLaMA; shift its 8 numbers alike
 low, high = (-naive_run(p | {b_d: p[b_d] + step}, wrong)[2].sum() for step in (-1e-4, 1e-4))
 check("dL/db_d", trainable(model)[b_d].grad.sum(), (high - low) / 2e-4)
 with torch.device("meta"):  # the sizes without the numbers
@@ -117,7 +117,7 @@ equation(5, "the loss, of the right response and of a wrong one", lavin.negative
 check("L", [model(right_batch), model(wrong_batch)], [-naive_run(p, e)[2].sum() for e in (right, wrong)])
 
 # %% Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
-equation(6, "the visual neck", Neck.forward)
+equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in released files
 check("X'", model.adapter_proj(X[0]), Z[1 + len(asked.head):][:n_cls])
 
 # %% Eq. (7): Z = [t_m, X', Y]

@@ -193,7 +193,7 @@ class Ours:
     def batch(self, problems: list[Kind]) -> data.Batch:
         n_cls, size = (self.model.vit.n_cls, self.model.vit.cfg.image_size) if self.model.vit else (0, 0)
         examples = examples_of(problems, self.model.llama.cfg.vocab_size, n_cls)
-        batch, dropout = data.collate(examples, size, "clip"), data.DropoutMasks.of(self.model)
+        batch, dropout = data.collate(examples, size, "clip"), data.MaskSampler.of(self.model)
         if dropout:
             batch = batch._replace(**dropout.draw(examples, [[i] for i in range(len(problems))]))
         return batch.to(self.model.device)

@@ -14,7 +14,7 @@ import cli
 import prompts
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer
-from data import Batch, DropoutMasks, Example, Sample, collate
+from data import Batch, Example, MaskSampler, Sample, collate
 from evaluation import scores
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
@@ -67,7 +67,7 @@ def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0) -> Batch:
 def masks(rows, seeds, p: float = 0.5) -> dict[str, torch.Tensor]:
     """the dropout masks for rows of make_batch"""
     examples = [Example(None, HEAD, N_CLS * image, ids, 0) for ids, _, image in rows]
-    dropout = DropoutMasks(p, 8, LLAMA.n_layers, CLIP.layers, 1 + (CLIP.image_size // CLIP.patch_size) ** 2)
+    dropout = MaskSampler(p, 8, LLAMA.n_layers, CLIP.layers, 1 + (CLIP.image_size // CLIP.patch_size) ** 2)
     return dropout.draw(examples, [[seed] for seed in seeds])
 
 
