@@ -24,7 +24,7 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls] token, so there w differs from image to image.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Both phi_u start
-alike; the randomly initialised router gives them different weights w_0 and w_1, and so makes them differ.
+alike; they part because the router mixes text and images in different ratios for the two.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -50,7 +50,7 @@ def recompute(f, *args):
     """Run f without keeping its intermediates; rerun it in the backward pass."""
     if not torch.is_grad_enabled():
         return f(*args)
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)  # f draws no random numbers
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)  # masks are arguments
 
 
 def xavier(linear: nn.Linear) -> nn.Linear:
@@ -140,7 +140,7 @@ def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The adapter merged into the projection W [out, d] that follows it: W' z + b' = W adapter(z, w), w [2].
 
-    With phi_d(z) = A z + a, and phi_u(h) = U h + b mixed by w, structural re-parameterisation is
+    Insert phi_d(z) = A z + a and phi_u(h) = U h + b, mixed by w (structural re-parameterisation):
     W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b), exact up to the rounding of W's dtype.
     """
     A, a = adapter.phi_d.weight, adapter.phi_d.bias  # [r, d], [r]

@@ -50,7 +50,7 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
-    if sample.response:  # tokenised together, as in the released code; targets begin after len(prompt) tokens
+    if sample.response:  # tokenised together, as in the released code: a token may span the border
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -85,7 +85,7 @@ def fingerprint(examples: list[Example]) -> str:
 
 
 class Batch(NamedTuple):
-    """B samples. Positions count through all sequences laid end to end, visual tokens included."""
+    """B samples. Positions index one row in which all sequences, with X', follow each other."""
     tokens: torch.Tensor  # ids of heads and rests, sample after sample, without visual tokens
     pieces: list[int]  # their lengths: head, rest, head, rest, ..
     lengths: list[int]  # [B], of the sequences
@@ -94,7 +94,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` it is
-    image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X' of an earlier turn
+    image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X' that a chat has kept
     keep_llama: torch.Tensor | None = None  # [L, 1, T, r], dropout's masks; None: no dropout
     keep_vit: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
@@ -172,7 +172,7 @@ def deal(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) ->
 
 
 class Steps(torch.utils.data.Dataset):
-    """Item k: this rank's micro-batches of optimizer step k, and the number of targets over all ranks.
+    """One item per optimizer step: this rank's micro-batches, and the number of targets over all ranks.
 
     Each epoch shuffles all samples, with and without an image: the paper's mixture-of-modality training.
     """

@@ -80,7 +80,7 @@ class LaVIN(nn.Module):
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
-        self.folded = {}  # {modality: [(W, b) of every layer]}, see `fold`
+        self.folded = {}  # {modality: [(W, b) of every layer]}, see `fold`; then LLaMA has no adapters
         adapters.freeze_base(self)
 
     @property
@@ -122,7 +122,7 @@ class LaVIN(nn.Module):
             # Y is head and rest; in training, rest ends with the response. t_m runs apart, see LLaMA.route.
             # The paper puts X' before Y. Released code and here: after the head, [BOS] "Image: ".
             X_prime = [next(X_primes).type_as(head)] if modality == IMAGE else []
-            Z.append(torch.cat([head, *X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y], X' inside Y, t_m apart
+            Z.append(torch.cat([head, *X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y]; Y: head, rest; no t_m
         return Z
 
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -207,7 +207,7 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): draw one R_s per step
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): one factor per step
             token = pick(logits, temperature, top_p, random)  # [B]
             ids = token.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
@@ -231,7 +231,7 @@ class LaVIN(nn.Module):
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """loss(hidden, W, targets), a sum over rows, and its gradient, without all N x V logits at once.
 
-    Compute the loss of LOSS_ROWS rows together with its gradient, and keep only this, [N, C]. W is frozen.
+    Compute the loss of LOSS_ROWS rows together with its gradient, and keep only the latter. W is frozen.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):

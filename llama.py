@@ -100,7 +100,7 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, H, D] at positions [B or 1, T]; return all keys and values, [B, filled, H, D]."""
         keys, values = self.k[layer], self.v[layer]  # [B, H, S, D]
-        keys[self.rows, :, positions] = k  # the indices come first: this part of keys is [B, T, H, D]
+        keys[self.rows, :, positions] = k  # two index tensors: their axes come first, [B, T, H, D]
         values[self.rows, :, positions] = v
         return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
 
@@ -215,8 +215,8 @@ class LLaMA(nn.Module):
     def route(self, t: torch.Tensor) -> torch.Tensor:
         """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state.
 
-        The loop is Block.forward for tokens that see only themselves and that no other token sees. Released
-        code: dropout here too. Here: none, so that w does not vary.
+        The loop is Block.forward for tokens that see only themselves; there q, k and rotation do not matter.
+        Released code: dropout here too. Here: none, so that w does not vary.
         """
         routing_weights = []
         for block in self.layers:

@@ -181,7 +181,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         f"{accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = {cfg.batch_size} samples; "
         f"peak lr {peak_lr:.2e}")
 
-    # one buffer holds all gradients and the loss, so one all-reduce serves a step; p.grad are views of it
+    # one buffer holds all gradients and the loss, so one all-reduce serves a step; backward adds to the views
     buffer = torch.zeros(n_params + 1, device=device)
     gradients, loss_sum = buffer[:-1], buffer[-1]
     for p, g in zip(params.values(), gradients.split([p.numel() for p in params.values()])):
@@ -216,7 +216,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             log.step(torch.stack([loss_sum, squared_norm]), tokens)
         to_save = done % cfg.save_every == 0 or done == stop
         if is_main and (to_save or done % cfg.log_every == 0):
-            losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # since the last line
+            losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # of these steps
             check_losses(losses, done, steps)
         if is_main and to_save:
             save_checkpoint(out / "checkpoint.pt", model, optimizer, done, run)

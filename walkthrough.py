@@ -66,12 +66,12 @@ print(f"tiny/demo.png shows a big red circle, left of a small blue square. The p
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.routing_weights)
-with patch.object(model.llama, "route", lambda t: t):  # the end of routing_weights(): now it returns t_m
+with patch.object(model.llama, "route", lambda t: t):  # routing_weights() ends with route(t_m)
     check("t_m", model.routing_weights(), np.stack([Z_text[0], Z[0]]))
 
-# %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z)). Z: normalised words
+# %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z)). Here Z: normed words
 equation(2, "the MM-Adapter", MMAdapter.forward)
-layer, w = model.llama.layers[0], model.routing_weights()  # w [L, 2, 2] comes from Eq. (3)
+layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 words = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [20, C]
 adapted, adapter_p = layer.adapter_attn(words, w[0, IMAGE]), naive.sub(p, "llama.layers.0.adapter_attn.")
 check("Z'", adapted, naive.mm_adapter(words.double().numpy(), w_image[0], adapter_p, model.cfg.adapter.scale))
@@ -101,7 +101,7 @@ with torch.enable_grad():
     model(wrong_batch).backward()
 moved = {n for n, x in model.named_parameters() if x.grad is not None}
 assert moved == trainable(model).keys(), "a frozen parameter trains"
-b_d = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # passes ViT and LLaMA; shift its 8 numbers alike
+b_d = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # far from L; all 8 entries get the same step
 low, high = (-naive_run(p | {b_d: p[b_d] + step}, wrong)[2].sum() for step in (-1e-4, 1e-4))
 check("dL/db_d", trainable(model)[b_d].grad.sum(), (high - low) / 2e-4)
 with torch.device("meta"):  # the sizes without the numbers
@@ -110,7 +110,7 @@ a, vit_block = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0
 n = [sum(x.numel() for x in m.parameters() if x.requires_grad)
      for m in (*a.children(), a, vit_block, big.adapter_proj, big.adapter_modality_embedding, big)]
 print("One adapter of LLaMA-7B: {:,} (phi_d) + {:,} (phi_u1) + {:,} (phi_u2) + {:,} (f_w) = {:,}.".format(*n))
-print("LaVIN-7B trains 32 x {:,} + 24 x {:,} + {:,} (neck) + {:,} (E_m) = {:,}.".format(*n[4:]))
+print("LaVIN-7B trains 32 x {:,} (LLaMA) + 24 x {:,} (ViT) + {:,} (neck) + {:,} (E_m) = {:,}.".format(*n[4:]))
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
 equation(5, "the loss, of the right response and of a wrong one", lavin.negative_log_likelihood)
