@@ -200,6 +200,12 @@ def test_a_bad_picture_is_one_line_with_and_without_workers(tmp_path, monkeypatc
         assert "image.png: " in text and "\n" not in text.strip() and "Traceback" not in text
 
 
+def test_a_run_that_diverges_in_its_last_step_writes_nothing(small_world, tmp_path, monkeypatch):
+    text = fails(monkeypatch, flags(small_world, tmp_path, steps=1, lr=1e30, warmup=0))
+    assert "the training run diverged" in text and "\n" not in text
+    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.pt"))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small_world, tmp_path, monkeypatch):
     text = fails(monkeypatch, flags(small_world, tmp_path, steps=20, lr=1e30, warmup=0))
     assert "is not finite; its samples: " in text and "\n" not in text

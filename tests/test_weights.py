@@ -184,7 +184,7 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path, monkeypatch
 def fails(call, *pieces: str) -> None:
     """`call` raises an error of one short line that contains all of `pieces`"""
     message = one_line(call)
-    assert len(message) < 400, message
+    assert len(message) < 500, message
     for piece in pieces:
         assert piece in message, f"{piece!r} is not in {message!r}"
 
