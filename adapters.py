@@ -46,13 +46,6 @@ class AdapterConfig:
     dropout: float = 0.1  # on the hidden units of the adapter
 
 
-def recompute(f, *args):
-    """Run f without keeping its intermediates; rerun it in the backward pass."""
-    if not torch.is_grad_enabled():
-        return f(*args)
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)  # masks are arguments
-
-
 def xavier(linear: nn.Linear) -> nn.Linear:
     """Initialise with a Xavier-uniform weight and a zero bias."""
     nn.init.xavier_uniform_(linear.weight)
@@ -79,9 +72,9 @@ class GroupedLinear(nn.Module):
         return F.linear(h, self.dense(), self.bias)  # one product: the zeros cost nothing at r = 8
 
 
-def dropout(h: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; keep: mask of the units that survive, drawn in data.py with the batch; None: no dropout"""
-    return h if keep is None else h * keep / (1 - p)
+def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
+    """h [B, T, r]; mask: True where a unit survives, drawn in data.py with the batch; None: no dropout"""
+    return h if mask is None else h * mask / (1 - p)
 
 
 class RepAdapter(nn.Module):
@@ -96,9 +89,9 @@ class RepAdapter(nn.Module):
         self.phi_d = xavier(nn.Linear(d, cfg.dim))
         self.phi_u = GroupedLinear(cfg.dim, d)
 
-    def forward(self, z: torch.Tensor, w: None = None, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, w: None = None, dropout_mask=None) -> torch.Tensor:
         """z [B, T, d] -> z' [B, T, d]. w is ignored: a block calls both kinds of adapter alike."""
-        h = dropout(self.phi_d(z), keep, self.cfg.dropout)  # [B, T, r]
+        h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         return z + self.cfg.scale * self.phi_u(h)
 
 
@@ -117,9 +110,9 @@ class MMAdapter(nn.Module):
         # Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau); in the ViT, t is [cls]
         return torch.softmax(self.f_w(t).float() / self.cfg.tau, dim=-1)
 
-    def forward(self, z: torch.Tensor, w: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """z [B, T, d], w [B, 1, 2] or, for rows of several samples, [1, T, 2], keep [B, T, r] -> z'"""
-        h = dropout(self.phi_d(z), keep, self.cfg.dropout)  # [B, T, r]
+    def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
+        """z [B, T, d], w [B, 1, 2] -> z'. If a row holds several samples, w is [1, T, 2], one per token."""
+        h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
         router = w_0 * f_a1 + w_1 * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z)) = w_0 f_a1(Z) + w_1 f_a2(Z)
@@ -160,7 +153,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
     """Freeze everything but adapters, neck and E_m; return the parameters that train, by name."""
-    # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a): the LLM's phi is fixed, theta_a trains
+    # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). The minimum is over theta_a alone: phi is frozen.
     for name, p in model.named_parameters():
         p.requires_grad_("adapter_" in name)
     return trainable(model)
+
+
+def recompute(f, *args):
+    """Call f(*args) without keeping its intermediate results; the backward pass calls it again.
+
+    For the adapters, norms and activations of both models: cheap to compute, large to keep.
+    """
+    if not torch.is_grad_enabled():
+        return f(*args)
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)

@@ -88,7 +88,7 @@ class Block(nn.Module):
         self.adapter_attn = None  # an MMAdapter, once LaVIN adds it
         self.routed_by = "cls"  # or "token"
 
-    def adapted(self, x, keep):
+    def adapted(self, x, dropout_mask):
         """The input of the attention: normalise, then Eq. (2). There is no t_m here: the router reads [cls].
 
         Released code: reads the wrong axis of a tensor. It gets all tokens of the batch's first image instead
@@ -100,11 +100,11 @@ class Block(nn.Module):
         if self.adapter_attn is None:
             return z
         t = z[:, :1] if self.routed_by == "cls" else z  # [N, 1 or T, C]
-        return self.adapter_attn(z, self.adapter_attn.route(t), keep)
+        return self.adapter_attn(z, self.adapter_attn.route(t), dropout_mask)
 
-    def forward(self, x, keep=None):
-        """x [N, T, C]; keep: units of the adapter that survive dropout, [N, T, r]"""
-        x = x + self.attn(recompute(self.adapted, x, keep))
+    def forward(self, x, dropout_mask=None):
+        """x [N, T, C]; dropout_mask of the adapter's hidden units, [N, T, r]"""
+        x = x + self.attn(recompute(self.adapted, x, dropout_mask))
         return x + self.mlp(recompute(self.ln_2, x))
 
 
@@ -125,17 +125,17 @@ class VisionTransformer(nn.Module):
         """Number of [cls] tokens that one image yields."""
         return self.cfg.layers // self.cfg.cls_every
 
-    def forward(self, images: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, dropout_mask: torch.Tensor | None = None) -> torch.Tensor:
         """X [N, n_cls, C] of images [N, 3, image_size, image_size]: [cls] after every cls_every blocks.
 
-        keep: units of every block's adapter that survive dropout, [layers, N, T, r]; None: no dropout.
+        dropout_mask: of the hidden units of every block's adapter, [layers, N, T, r]; None: no dropout.
         """
         x = self.conv1(images.type_as(self.conv1.weight)).flatten(2).transpose(1, 2)  # [N, T - 1, C]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [N, T, C]
         x = self.ln_pre(x + self.positional_embedding)
         cls = []
         for i, block in enumerate(self.transformer.resblocks):
-            x = block(x, None if keep is None else keep[i])
+            x = block(x, None if dropout_mask is None else dropout_mask[i])
             if (i + 1) % self.cfg.cls_every == 0:
                 cls.append(x[:, 0])  # without ln_post and the output projection
         return torch.stack(cls, dim=1)

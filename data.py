@@ -15,6 +15,7 @@ Everything random here depends only on (seed, epoch) or (seed, step, sample). So
 over processes or micro-batches nor resuming a run changes the result.
 """
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
@@ -30,7 +31,7 @@ from prompts import Sample
 @dataclass
 class Example:
     """A sample as token ids: head, n_visual visual tokens, rest (prompt, response, EOS)."""
-    sample: Sample
+    sample: Sample  # of prompts.py: id, prompt, response, image (path or None), problem (for scoring)
     head: list[int]
     n_visual: int
     rest: list[int] | np.ndarray
@@ -95,8 +96,8 @@ class Batch(NamedTuple):
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` it is
     image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X' that a chat has kept
-    keep_llama: torch.Tensor | None = None  # [L, 1, T, r], dropout's masks; None: no dropout
-    keep_vit: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
+    llama_dropout_mask: torch.Tensor | None = None  # [L, 1, T, r], True: unit survives; None: no dropout
+    vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
     def to(self, device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
@@ -140,35 +141,36 @@ class MaskSampler(NamedTuple):
         return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
 
     def draw(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
-        """keep_llama and keep_vit of a Batch. One seed per sample: batch-mates do not change its masks."""
+        """The two masks of a Batch, by name. One seed per sample: batch-mates do not change its masks."""
         llama, vit = [], []
         for e, seed in zip(examples, seeds):
             random = np.random.default_rng(seed)
             llama.append(random.random((self.layers, e.length, self.r), np.float32) >= self.p)
             if e.n_visual:
                 vit.append(random.random((self.vit_blocks, self.vit_tokens, self.r), np.float32) >= self.p)
-        masks = {"keep_llama": torch.from_numpy(np.concatenate(llama, axis=1)[:, None])}
+        masks = {"llama_dropout_mask": torch.from_numpy(np.concatenate(llama, axis=1)[:, None])}
         if vit and self.vit_blocks:
-            masks["keep_vit"] = torch.from_numpy(np.stack(vit, axis=1))
+            masks["vit_dropout_mask"] = torch.from_numpy(np.stack(vit, axis=1))
         return masks
 
 
-def deal(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
+def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank, because the largest one
     decides the peak memory.
     """
-    def back_and_forth(samples: list[int], groups: int) -> list[list[int]]:
-        """Longest first, to groups 0, 1, .., n - 1, n - 1, .., 1, 0, 0, 1, .."""
-        dealt = [[] for _ in range(groups)]
-        for k, i in enumerate(sorted(samples, key=lambda i: (-lengths[i], i))):
-            lap, g = divmod(k, groups)
-            dealt[g if lap % 2 == 0 else groups - 1 - g].append(i)
-        return dealt
+    shares = balanced_groups(chosen, lengths, ranks)
+    return [balanced_groups(share, lengths, math.ceil(len(share) / micro_batch)) for share in shares]
 
-    shares = back_and_forth(chosen, ranks)
-    return [back_and_forth(share, math.ceil(len(share) / micro_batch)) for share in shares]
+
+def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
+    """n groups of nearly equal length: deal the samples, longest first, to groups 0 .. n-1, n-1 .. 0, 0 .."""
+    groups = [[] for _ in range(n)]
+    turns = itertools.cycle([*groups, *reversed(groups)])
+    for i in sorted(samples, key=lambda i: (-lengths[i], i)):
+        next(turns).append(i)
+    return groups
 
 
 class Steps(torch.utils.data.Dataset):
@@ -198,7 +200,7 @@ class Steps(torch.utils.data.Dataset):
         chosen = self.chosen(step)
         n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
         batches = []
-        for indices in deal(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
+        for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
             examples = [self.examples[i] for i in indices]
             batch = collate(examples, self.image_size, self.normalize)
             if self.dropout:

@@ -11,8 +11,7 @@ Precision: the frozen models (the base) are bf16 on a GPU. Matrix products then 
 Adapters are stored in fp32, because their updates are small. Norms, the routers' softmax and the loss are
 computed in fp32.
 
-Shapes: B samples, T tokens, C LLaMA's width, n [cls] tokens per image, v ViT width, h neck width, L LLaMA
-layers, V vocabulary, N targets.
+Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, L LLaMA layers, V vocabulary.
 """
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -42,27 +41,29 @@ class LaVINConfig:  # defaults: the paper's; train.py passes its own
     vision: bool = True  # False: text only, no image encoder (first row of Table 2)
     vit_adapters: bool = True  # adapters in the ViT too: "joint optimisation" in Table 2
     vit_routing: str = "cls"  # "token" for adapters released by the authors, see clip.Block
-    neck_dim: int = 128  # h
+    neck_dim: int = 128  # width between W_d and W_u of Eq. (6)
     normalize: str = "imagenet"  # mean and std of the images, a key of clip.MEAN_STD
 
 
 class Neck(nn.Module):
-    def __init__(self, v: int, h: int, d: int):
+    """Map the ViT's [cls] tokens to visual tokens of LLaMA's width."""
+
+    def __init__(self, vit_width: int, neck_dim: int, llama_width: int):
         super().__init__()
-        self.W_d, self.W_u = nn.Linear(v, h), nn.Linear(h, d)
+        self.W_d, self.W_u = nn.Linear(vit_width, neck_dim), nn.Linear(neck_dim, llama_width)
         xavier(self.W_d), xavier(self.W_u)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X [N, n, v] -> X' [N, n, C]"""
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        """X [images, n, ViT width] -> X' [images, n, C]"""
         # the paper's text says SwiGLU; its formula, the released code and this code use SiLU
-        return self.W_u(F.silu(self.W_d(x)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
+        return self.W_u(F.silu(self.W_d(X)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
 def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """hidden [N, C], W [V, C], targets [N] -> fp32 scalar"""
-    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [N, V]
-    # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a); s = 1 .. S+1, because EOS counts
-    return -log_p.gather(1, targets[:, None]).sum()
+    """hidden [targets, C], W [V, C] -> fp32 scalar. targets: the ids R_s^i of all responses, EOS included"""
+    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
+    log_p = log_p.gather(1, targets[:, None])  # log p(R_s^i | ..), [targets, 1]
+    return -log_p.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
 
 
 class LaVIN(nn.Module):
@@ -80,7 +81,7 @@ class LaVIN(nn.Module):
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
-        self.folded = {}  # {modality: [(W, b) of every layer]}, see `fold`; then LLaMA has no adapters
+        self.folded = {}  # empty: LLaMA has its adapters. After `fold`: {modality: [(W, b) of every layer]}
         adapters.freeze_base(self)
 
     @property
@@ -107,32 +108,31 @@ class LaVIN(nn.Module):
         Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
         Released code: the ViT also encodes a black image for each text sample. Here: only images that exist.
         """
-        if batch.keep_vit is None:
+        if batch.vit_dropout_mask is None:
             return self.adapter_proj(self.vit(batch.images))[batch.image_index]
-        return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.keep_vit))
+        return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.vit_dropout_mask))
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]."""
-        words = self.llama.tok_embeddings(batch.tokens).split(batch.pieces)  # Y: head, rest, head, rest, ..
-        X_primes = batch.image_embeds
-        if X_primes is None:
-            X_primes = self.encode_images(batch) if IMAGE in batch.modality else ()
-        Z, X_primes = [], iter(X_primes)
+        words = self.llama.tok_embeddings(batch.tokens).split(batch.pieces)  # head, rest, head, rest, ..
+        image_embeds = batch.image_embeds
+        if image_embeds is None:
+            image_embeds = self.encode_images(batch) if IMAGE in batch.modality else ()
+        Z, image_embeds = [], iter(image_embeds)
         for modality, head, rest in zip(batch.modality, words[::2], words[1::2]):
-            # Y is head and rest; in training, rest ends with the response. t_m runs apart, see LLaMA.route.
-            # The paper puts X' before Y. Released code and here: after the head, [BOS] "Image: ".
-            X_prime = [next(X_primes).type_as(head)] if modality == IMAGE else []
-            Z.append(torch.cat([head, *X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y]; Y: head, rest; no t_m
+            X_prime = next(image_embeds).type_as(head) if modality == IMAGE else head[:0]  # [n or 0, C]
+            # Y is head and rest. As in the released code, X' stands between them: after [BOS] "Image: ".
+            Z.append(torch.cat([head, X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y]. No other token sees t_m
         return Z
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
-        w = self.routing_weights()
-        if w is not None:  # [L, 2, 2] -> one pair per sample [L, B, 2] -> one per token [L, 1, T, 2]
-            n, T = torch.tensor(batch.lengths, device=self.device), sum(batch.lengths)
-            w = w[:, batch.modality].repeat_interleave(n, dim=1, output_size=T)[:, None]
+        w = self.routing_weights()  # [L, modality, 2]
+        if w is not None:  # every token gets the pair of its sample's modality: [L, 1, T, 2]
+            pairs = [w[:, None, m].expand(-1, length, -1) for m, length in zip(batch.modality, batch.lengths)]
+            w = torch.cat(pairs, dim=1)[:, None]
         Z = torch.cat(self.embed(batch))[None]  # [1, T, C]: all samples, packed end to end
-        return self.llama(Z, w, batch.lengths, batch.keep_llama)[0, batch.predict_at]
+        return self.llama(Z, w, batch.lengths, batch.llama_dropout_mask)[0, batch.predict_at]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The loss of one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
@@ -207,14 +207,14 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a): one factor per step
-            token = pick(logits, temperature, top_p, random)  # [B]
-            ids = token.tolist()
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}): step s draws R_s from the softmax of logits
+            R_s = pick(logits, temperature, top_p, random)  # [B]
+            ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
             if all(done):
                 return
             yield [None if d else id for d, id in zip(done, ids)]
-            logits = fast_decode(token, cache) if fast_decode else self.decode(w, token, cache)
+            logits = fast_decode(R_s, cache) if fast_decode else self.decode(w, R_s, cache)
 
     def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""
@@ -229,9 +229,9 @@ class LaVIN(nn.Module):
 
 
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """loss(hidden, W, targets), a sum over rows, and its gradient, without all N x V logits at once.
+    """loss(hidden, W, targets), a sum over rows, and its gradient, LOSS_ROWS rows of logits at a time.
 
-    Compute the loss of LOSS_ROWS rows together with its gradient, and keep only the latter. W is frozen.
+    The logits of 1,000 targets take 128 MB at 7B, the gradient with respect to `hidden` 16 MB. W is frozen.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
@@ -239,8 +239,8 @@ def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor
             part = loss(rows.requires_grad_(), W, its_targets)
         gradients += torch.autograd.grad(part, rows)
         total += part.detach()
-    zero = hidden - hidden.detach()  # its derivative with respect to hidden is 1
-    return total + (torch.cat(gradients) * zero).sum()
+    # a sum of value `total` whose gradient with respect to hidden is `gradients`, ready for backward()
+    return total + (torch.cat(gradients) * (hidden - hidden.detach())).sum()
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:

@@ -100,7 +100,8 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, H, D] at positions [B or 1, T]; return all keys and values, [B, filled, H, D]."""
         keys, values = self.k[layer], self.v[layer]  # [B, H, S, D]
-        keys[self.rows, :, positions] = k  # two index tensors: their axes come first, [B, T, H, D]
+        # rows and positions select a slot per token; torch puts their axes first: [B, T, H, D], as in k, v
+        keys[self.rows, :, positions] = k
         values[self.rows, :, positions] = v
         return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
 
@@ -139,33 +140,33 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps) for _ in range(2))
         self.adapter_attn = None  # an MMAdapter or RepAdapter, once LaVIN adds it
 
-    def adapted(self, x, w, keep):
+    def adapted(self, x, w, dropout_mask):
         """The input of the attention: normalise, then Eq. (2). The residual x itself is not adapted."""
         z = self.attention_norm(x)
-        return z if self.adapter_attn is None else self.adapter_attn(z, w, keep)
+        return z if self.adapter_attn is None else self.adapter_attn(z, w, dropout_mask)
 
-    def forward(self, x, rope, attend, w=None, keep=None):
-        """x [B, T, C]; w: routing weights of this layer; keep: dropout's mask; None without an adapter"""
-        x = x + self.attention(recompute(self.adapted, x, w, keep), rope, attend)
+    def forward(self, x, rope, attend, w=None, dropout_mask=None):
+        """x [B, T, C]; w: routing weights of this layer; w and dropout_mask are None without an adapter"""
+        x = x + self.attention(recompute(self.adapted, x, w, dropout_mask), rope, attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg, self.checkpoint = cfg, False  # checkpoint: keep only each block's input for the backward
+        self.cfg, self.recompute_blocks = cfg, False  # True: keep only each block's input for the backward
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
-    def forward(self, x, w=None, lengths: list[int] | None = None, keep=None) -> torch.Tensor:
+    def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
         """Training: sequences of these lengths, packed end to end in x [1, T, C].
 
-        x        embeddings [B, T, C], or token ids [B, T]
-        w        routing weights of every layer, [L, B or 1, T or 1, 2]; None without a router
-        lengths  None: every row of x is one sequence
-        keep     mask of the adapters' units that survive dropout, [L, B, T, r]; None: no dropout
+        x             embeddings [B, T, C], or token ids [B, T]
+        w             routing weights of every layer, [L, B or 1, T or 1, 2]; None without a router
+        lengths       None: every row of x is one sequence
+        dropout_mask  of the hidden units of every layer's adapter, [L, B, T, r]; None: no dropout
         Returns the hidden states after the last norm, [B, T, C]; `output` turns them into logits.
         """
         x = x if x.is_floating_point() else self.tok_embeddings(x)
@@ -176,7 +177,7 @@ class LLaMA(nn.Module):
             sequences = zip(*(t.split(lengths, dim=1) for t in (q, k, v)))
             return torch.cat([dot_product_attention(*qkv, is_causal=True) for qkv in sequences], dim=1)
 
-        return self.blocks(x, w, positions, attend, keep)
+        return self.blocks(x, w, positions, attend, dropout_mask)
 
     def prefill(self, x, w, lengths: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Read prompts x [B, T, C] of `lengths` [B], padded at their ends, into a new cache -> [B, T, C]"""
@@ -200,16 +201,16 @@ class LLaMA(nn.Module):
 
         return self.blocks(x, w, positions, attend)
 
-    def blocks(self, x, w, positions, attend: Callable, keep=None) -> torch.Tensor:
+    def blocks(self, x, w, positions, attend: Callable, dropout_mask=None) -> torch.Tensor:
         """All blocks and the last norm."""
         rope = rope_table(positions, self.cfg.dim // self.cfg.n_heads, self.cfg.rope_theta)
         for i, block in enumerate(self.layers):
             w_i = None if w is None else w[i]
-            keep_i = None if keep is None else keep[i]
-            if self.checkpoint:
-                x = recompute(block, x, rope, attend, w_i, keep_i)
+            mask_i = None if dropout_mask is None else dropout_mask[i]
+            if self.recompute_blocks:
+                x = recompute(block, x, rope, attend, w_i, mask_i)
             else:
-                x = block(x, rope, attend, w_i, keep_i)
+                x = block(x, rope, attend, w_i, mask_i)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:

@@ -47,18 +47,17 @@ class Config:
     dtype: str = "auto"  # bf16 or fp32
 
 
-def answer(conversation: Conversation, step: FastStep, prompt: str, cfg: Config) -> None:
+def answer(conversation: Conversation, fast_decode: FastStep, prompt: str, cfg: Config) -> None:
     """Print the answer to one prompt as it is generated, and keep it as a turn."""
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # one row: image, earlier turns, prompt
     ids = []  # of the answer
     meter = Meter(model, batch.lengths[0])
-
     sampling = cfg.temperature, cfg.top_p, cfg.seed
 
     def tokens():
-        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, *sampling, fast_decode=step):
+        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, *sampling, fast_decode=fast_decode):
             ids.append(id)
             meter.tick()
             yield id
@@ -74,7 +73,7 @@ def answer(conversation: Conversation, step: FastStep, prompt: str, cfg: Config)
     print(f"[{meter.report()}]", file=sys.stderr)
 
 
-def chat(conversation: Conversation, step: FastStep, cfg: Config) -> None:
+def chat(conversation: Conversation, fast_decode: FastStep, cfg: Config) -> None:
     """Read turns from stdin until it ends. After an error in a turn, the chat goes on."""
     print("Ask a question. /image PATH shows an image, /reset forgets the turns. Ctrl-C stops an answer, "
           "Ctrl-D or an empty line ends the chat.", file=sys.stderr)
@@ -94,7 +93,7 @@ def chat(conversation: Conversation, step: FastStep, cfg: Config) -> None:
             elif command.startswith("/"):
                 raise ValueError(f"unknown command {command}; known: /image PATH, /reset")
             else:
-                answer(conversation, step, line, cfg)
+                answer(conversation, fast_decode, line, cfg)
         except (ValueError, OSError) as e:
             print(e, file=sys.stderr)
         line = ""
@@ -121,17 +120,17 @@ def main() -> None:
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
     model.fold(*modalities)
-    step = FastStep(model)  # the same result as LaVIN.decode for one row, in less time
+    fast_decode = FastStep(model)  # the same result as LaVIN.decode for one row, in less time
     if cfg.compile:
         from speed.compiling import compile_step
-        started, step = time.time(), compile_step(model)
+        started, fast_decode = time.time(), compile_step(model)
         print(f"compiled in {time.time() - started:.0f} s", file=sys.stderr)
     conversation = Conversation(model, meta, Tokenizer(cfg.llama, model.llama.cfg.vocab_size))
     conversation.show(cfg.image or None)
     if cfg.chat:
-        chat(conversation, step, cfg)
+        chat(conversation, fast_decode, cfg)
     else:
-        answer(conversation, step, cfg.prompt, cfg)
+        answer(conversation, fast_decode, cfg.prompt, cfg)
 
 
 if __name__ == "__main__":

@@ -104,15 +104,10 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
               "epochs warmup batch_size lr weight_decay beta2 clip_grad seed").split()
 
 
-def save_checkpoint(path: Path, model: LaVIN, optimizer, step: int, run: dict) -> None:
-    write_checkpoint(path, {"step": step, "run": run, "optimizer": optimizer.state_dict(),
-                            "adapters": {name: p.detach() for name, p in trainable(model).items()}})
-
-
-def load_checkpoint(path: Path, model: LaVIN, optimizer, run: dict) -> int:
-    """Restore adapters and optimizer, return the number of steps done. ValueError if `run` differs."""
+def load_checkpoint(path: Path, model: LaVIN, optimizer, must_match: dict) -> int:
+    """Restore adapters and optimizer, return the number of steps done. ValueError if it is another run's."""
     state = read_checkpoint(path)
-    for name, value in run.items():
+    for name, value in must_match.items():
         before = state["run"].get(name)
         if before != value:
             raise ValueError(f"{path}: --resume continues a run with {name} {before}, not {value}")
@@ -125,7 +120,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype)
-    llama.checkpoint = cfg.checkpoint
+    llama.recompute_blocks = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
     tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
     if cfg.max_len > llama.cfg.max_seq_len:
@@ -187,12 +182,13 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     for p, g in zip(params.values(), gradients.split([p.numel() for p in params.values()])):
         p.grad = g.view_as(p)
     optimizer = optimizer_for(params, cfg)
-    run = {name: getattr(cfg, name) for name in MUST_MATCH} | {
+    # the same run: the same flags, tokens and base
+    must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {
         "data": data.fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
-    first = load_checkpoint(out / "checkpoint.pt", model, optimizer, run) if cfg.resume else 0
+    first = load_checkpoint(out / "checkpoint.pt", model, optimizer, must_match) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = data.prefetch(steps, range(first, stop), workers, pin_memory=device.type == "cuda")
-    log = Log(out / "log.jsonl", stop, first) if is_main else None
+    log = Log(out / "log.jsonl", stop, first) if is_main else None  # also prints: loss, tokens/s, ETA
 
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
         buffer.zero_()
@@ -219,7 +215,9 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # of these steps
             check_losses(losses, done, steps)
         if is_main and to_save:
-            save_checkpoint(out / "checkpoint.pt", model, optimizer, done, run)
+            write_checkpoint(out / "checkpoint.pt", {
+                "step": done, "run": must_match, "optimizer": optimizer.state_dict(),
+                "adapters": {name: p.detach() for name, p in params.items()}})
     if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=dataclasses.asdict(cfg))
@@ -238,11 +236,10 @@ def main() -> None:
         print(price.quote(cfg))
         return
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    small_world = Config.data  # generated when it is first used
-    if cli.processes()[0] == 0 and small_world in (source.path for source in prompts.mixture(cfg.data)):
+    if cli.processes()[0] == 0 and Config.data in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
 
-        world.ensure(small_world)
+        world.ensure(Config.data)  # the small world is generated when it is first used
     with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
         train(cfg, device, dtype)
 

@@ -179,7 +179,7 @@ def examples_of(problems: list[Kind], vocab_size: int, n_cls: int) -> list[data.
 
 def micro_batches(problems: list[Kind], size: int) -> list[list[Kind]]:
     """Split problems into micro-batches as train.py does on a single rank."""
-    (hand,) = data.deal(list(range(len(problems))), [p.length for p in problems], 1, size)
+    (hand,) = data.split_batch(list(range(len(problems))), [p.length for p in problems], 1, size)
     return [[problems[i] for i in micro] for micro in hand]
 
 

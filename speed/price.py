@@ -84,7 +84,7 @@ def balance(ranks: int = 8, batch_size: int = 32, steps: int = 500) -> float:
     ratios = []
     for step in range(steps):
         lengths = [p.length for p in draw(batch_size, step)]
-        hands = data.deal(list(range(batch_size)), lengths, ranks, batch_size)
+        hands = data.split_batch(list(range(batch_size)), lengths, ranks, batch_size)
         loads = [sum(lengths[i] for micro in hand for i in micro) for hand in hands]
         ratios.append(max(loads) * ranks / sum(loads))
     return sum(ratios) / steps

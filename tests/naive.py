@@ -2,6 +2,8 @@
 
 It shares no code with the model under test. `p` is a dict of the model's parameters, as numpy arrays.
 """
+from typing import NamedTuple
+
 import numpy as np
 
 
@@ -137,3 +139,22 @@ def sequence(ids, image, slot, p, model_cfg, clip_cfg):
         x = vit(image, sub(p, "vit."), clip_cfg, model_cfg.adapter, model_cfg.vit_routing)
         z[slot: slot + len(x)] = neck(x, sub(p, "adapter_proj."))
     return np.concatenate([t_m[None], z])
+
+
+class Run(NamedTuple):
+    Z: np.ndarray  # [1 + T, C], t_m in front
+    w: np.ndarray  # [layer, 2]
+    log_p: np.ndarray  # [tokens of the response]
+
+
+def run(p, model, e, image) -> Run:
+    """An Example of data.py, computed from the parameters p.
+
+    image: numpy or torch, [3, H, W]; used if the example has visual tokens.
+    """
+    ids = e.head + [0] * e.n_visual + list(e.rest)  # zeros hold the places of X'
+    image = np.asarray(image) if e.n_visual else None
+    Z = sequence(ids, image, len(e.head), p, model.cfg, model.vit.cfg)
+    h, w = llama(Z, sub(p, "llama."), model.llama.cfg, model.cfg.adapter, token=True)
+    log_p = np.log(softmax(h[1:] @ p["llama.output.weight"].T))  # [T, V]
+    return Run(Z, np.stack(w), log_p[range(e.start - 1, e.length - 1), e.rest[e.n_prompt:]])

@@ -33,7 +33,7 @@ def tiny(dtype=torch.float32, checkpoint: bool = False, **cfg) -> Ours:
         vit = VisionTransformer(v) if cfg.get("vision", True) else None
         model = LaVIN(LLaMA(replace(c, n_layers=3)), vit, LaVINConfig(**cfg))
     bench.materialise(model, CPU, dtype)
-    model.llama.checkpoint = checkpoint
+    model.llama.recompute_blocks = checkpoint
     return Ours(bench.Config(), model)
 
 
@@ -78,7 +78,7 @@ def test_flop_formula_equals_torchs_counter(choice):
     ours = tiny(**choice)
     problems = [p._replace(picture=p.picture and ours.model.vit is not None) for p in PROBLEMS]
     batch, load = ours.batch(problems), Load.of(problems)
-    if batch.keep_vit is None and load.pictures:
+    if batch.vit_dropout_mask is None and load.pictures:
         load = load._replace(pictures=len(batch.images))
     formula = price.flops(ours.model, load, choice.get("checkpoint", False), in_full=True)
     counted = bench.counted_flops(lambda: ours.model(batch).backward())

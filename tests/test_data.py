@@ -107,7 +107,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks():
 
 def test_ranks_carry_nearly_equal_loads():
     lengths = [30 + (37 * i) % 400 for i in range(32)]
-    hands = data.deal(list(range(32)), lengths, ranks=8, micro_batch=4)
+    hands = data.split_batch(list(range(32)), lengths, ranks=8, micro_batch=4)
     loads = [sum(lengths[i] for micro in hand for i in micro) for hand in hands]
     assert max(loads) / (sum(loads) / 8) < 1.05
     assert sorted(i for hand in hands for micro in hand for i in micro) == list(range(32))

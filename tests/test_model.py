@@ -263,14 +263,14 @@ def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):
 def test_dropout_depends_on_the_seed_of_each_sample():
     rows = [([5] * 100, 1, True)] * 40
     keep, again = masks(rows, range(40), p=0.1), masks(rows[:3], (0, 7, 2), p=0.1)
-    for name, axis in (("keep_llama", 2), ("keep_vit", 1)):
+    for name, axis in (("llama_dropout_mask", 2), ("vit_dropout_mask", 1)):
         mask = keep[name]
         assert abs(mask.float().mean().item() - 0.9) < 0.005
         # the share of kept units is the same for all layers, tokens and units
-        for dim in {*range(mask.ndim)} - {1 if name == "keep_llama" else -1}:
+        for dim in {*range(mask.ndim)} - {1 if name == "llama_dropout_mask" else -1}:
             means = mask.float().mean([d for d in range(mask.ndim) if d != dim])
             assert (means - 0.9).abs().max() < 6 * (0.09 * len(means) / mask.numel()) ** 0.5
-        T = mask.shape[axis] // 40 if name == "keep_llama" else 1
+        T = mask.shape[axis] // 40 if name == "llama_dropout_mask" else 1
         parts = [m.split(T, dim=axis) for m in (mask, again[name])]
         assert all(torch.equal(parts[1][k], parts[0][seed]) for k, seed in enumerate((0, 7, 2)))
         assert not torch.equal(parts[0][0], parts[0][1])

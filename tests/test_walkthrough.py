@@ -18,10 +18,10 @@ MISTAKES = {
     2: ("adapters.py", "return z + self.cfg.scale * router", "return self.cfg.scale * router"),
     3: ("adapters.py", "w_0 * f_a1 + w_1 * f_a2", "w_1 * f_a1 + w_0 * f_a2"),
     4: ("adapters.py", 'p.requires_grad_("adapter_" in name)', "p.requires_grad_(True)"),
-    5: ("lavin.py", "-log_p.gather(1, targets[:, None]).sum()", "-log_p.gather(1, targets[:, None]).mean()"),
-    6: ("lavin.py", "self.W_u(F.silu(self.W_d(x)))", "self.W_u(F.gelu(self.W_d(x)))"),
-    7: ("lavin.py", "torch.cat([head, *X_prime, rest])", "torch.cat([*X_prime, head, rest])"),
-    8: ("lavin.py", "token = pick(logits,", "token = pick(-logits,"),
+    5: ("lavin.py", "return -log_p.sum()", "return -log_p.mean()"),
+    6: ("lavin.py", "self.W_u(F.silu(self.W_d(X)))", "self.W_u(F.gelu(self.W_d(X)))"),
+    7: ("lavin.py", "torch.cat([head, X_prime, rest])", "torch.cat([X_prime, head, rest])"),
+    8: ("lavin.py", "R_s = pick(logits,", "R_s = pick(-logits,"),
 }
 
 
