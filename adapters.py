@@ -11,7 +11,7 @@ One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention 
     t_m ── W_m, b_m ── / tau ── softmax ── w_0, w_1                                   Eq. (3)
 
 Why a modality token. One LLM has to serve text alone and text with an image, and the two need different
-adaptation. A token t_m states which of the two the input is. It acts only through the routers: in every
+adaptation. A token t_m says which of the two the input is. It acts only through the routers: in every
 layer, a router reads the hidden state of t_m and mixes two adapters, w_0 of the first and w_1 of the second.
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
@@ -23,8 +23,9 @@ on differences of positions. Second, an adapter of LLaMA is one affine map per m
 activation. Third, a trained adapter can be merged into the projection that follows it (`fold`). The ViT has
 no t_m: its router reads the image's own [cls] token, so there w differs from image to image.
 
-Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Both phi_u start
-alike; they part because the router mixes text and images in different ratios for the two.
+Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
+not stay equal: the gradients of phi_u1 and phi_u2 are weighted by w_0 and w_1, which differ between text and
+images. So text counts more in one of them, images in the other.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -153,9 +154,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
     """Freeze everything but adapters, neck and E_m; return the parameters that train, by name."""
-    # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). The minimum is over theta_a alone: phi is frozen.
     for name, p in model.named_parameters():
-        p.requires_grad_("adapter_" in name)
+        p.requires_grad_("adapter_" in name)  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), phi frozen
     return trainable(model)
 
 

@@ -91,10 +91,9 @@ class Block(nn.Module):
     def adapted(self, x, dropout_mask):
         """The input of the attention: normalise, then Eq. (2). There is no t_m here: the router reads [cls].
 
-        Released code: reads the wrong axis of a tensor. It gets all tokens of the batch's first image instead
-        of all [cls] tokens, and token i of every image is routed by token i of the first. Here: every image
-        by its own [cls]. routed_by "token" routes each token by itself, as the released code does for a batch
-        of one image; adapters that the authors released need it.
+        Released code: takes z[0], the first image's tokens, where z[:, 0], every image's [cls], was meant. So
+        token i of every image is routed by token i of the first; with one image, each token by itself.
+        Here: every image by its own [cls]. routed_by "token": each token by itself, for released adapters.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

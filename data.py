@@ -1,10 +1,10 @@
-"""Samples (prompts.py) -> token ids -> batches -> the order of training; dropout's masks.
+"""From samples (prompts.py) to token ids, batches, their order in training, and dropout's masks.
 
 A ScienceQA problem with an image, in the format QCM-ALE (question, context, options - answer, lecture,
 explanation):
 
     head      [BOS] "Image: "
-    X'        the six visual tokens, which LaVIN inserts
+    X'        the visual tokens, which LaVIN inserts: six with ViT-L/14
     prompt    "Question: Which of these .. ?\nContext: N/A\nOptions: (A) copper (B) glass\nResponse:"
     response  "The answer is A. BECAUSE: .." [EOS]
 
@@ -51,7 +51,7 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
-    if sample.response:  # tokenised together, as in the released code: a token may span the border
+    if sample.response:  # tokenised together, as in the released code; a token across the border is no target
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -86,12 +86,12 @@ def fingerprint(examples: list[Example]) -> str:
 
 
 class Batch(NamedTuple):
-    """B samples. Positions index one row in which all sequences, with X', follow each other."""
+    """B samples, packed into one row: all sequences, with X', end to end. predict_at indexes this row."""
     tokens: torch.Tensor  # ids of heads and rests, sample after sample, without visual tokens
     pieces: list[int]  # their lengths: head, rest, head, rest, ..
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
-    predict_at: torch.Tensor  # [targets], positions whose next token is a target
+    predict_at: torch.Tensor  # [targets], where in the row the next token is a target
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` it is

@@ -93,14 +93,17 @@ class LaVIN(nn.Module):
         bf16 = self.llama.norm.weight.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 
+    def modality_tokens(self) -> torch.Tensor:
+        m = torch.eye(2, device=self.device)  # one-hot: a row for TEXT, a row for IMAGE
+        E_m = self.adapter_modality_embedding.weight
+        t_m = m @ E_m  # Eq. (1): t_m = m E_m, [2, C]
+        return t_m.to(self.llama.norm.weight.dtype)
+
     def routing_weights(self) -> torch.Tensor | None:
         """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE, whatever the sample; None: no router."""
         if self.cfg.adapter.kind != "mm" or self.folded:
             return None
-        m = torch.eye(2, device=self.device)  # both one-hot m at once
-        E_m = self.adapter_modality_embedding.weight
-        t_m = m @ E_m  # Eq. (1): t_m = m E_m, [2, C]
-        return self.llama.route(t_m.to(self.llama.norm.weight.dtype))
+        return self.llama.route(self.modality_tokens())
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
         """X' of every sample that has an image, [.., n, C].
@@ -137,9 +140,8 @@ class LaVIN(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """The loss of one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
 
-        train.py divides the sum by the number of targets in the global batch, so every split of that batch
-        gives the same update. Released code: averages the means of the micro-batches, so its update depends
-        on the split.
+        train.py divides the sum by the number of targets in the global batch, so the update does not depend
+        on how the batch is split. Released code: it does, because it averages the means of micro-batches.
         """
         return in_chunks(negative_log_likelihood, self.hidden(batch), self.llama.output.weight, batch.targets)
 
@@ -231,7 +233,7 @@ class LaVIN(nn.Module):
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """loss(hidden, W, targets), a sum over rows, and its gradient, LOSS_ROWS rows of logits at a time.
 
-    The logits of 1,000 targets take 128 MB at 7B, the gradient with respect to `hidden` 16 MB. W is frozen.
+    The logits of 1,000 targets take 128 MB at 7B; the gradient with respect to `hidden` 16 MB. W is frozen.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
@@ -239,7 +241,7 @@ def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor
             part = loss(rows.requires_grad_(), W, its_targets)
         gradients += torch.autograd.grad(part, rows)
         total += part.detach()
-    # a sum of value `total` whose gradient with respect to hidden is `gradients`, ready for backward()
+    # the sum is 0, but its gradient with respect to hidden is `gradients`: backward() goes on from there
     return total + (torch.cat(gradients) * (hidden - hidden.detach())).sum()
 
 

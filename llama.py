@@ -10,9 +10,9 @@ padding. `prefill` reads prompts into a cache. `decode` reads one more token per
 which keys a query may see: each hands its own function `attend(layer, q, k, v)` to the blocks.
 
 What one block keeps of a token for the backward pass: x, q, k, v, the attention's output, x after the
-attention, w1(x), w3(x), and the log-sum-exp of the query's scores, from which fused attention recomputes its
-softmax. Frozen projections keep nothing, because their weights need no gradient. Norms, adapters and SwiGLU's
-product are recomputed. The ViT's blocks do the same.
+attention, the two hidden layers w1(x) and w3(x) of the feed-forward, and one number per head, from which
+fused attention recomputes its softmax. Frozen projections keep nothing, because their weights need no
+gradient. Norms, adapters and the product in the feed-forward are recomputed. The ViT's blocks do the same.
 
 Shapes: B rows, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
@@ -124,13 +124,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1(x)) * w3(x))"""
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
         self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False) for _ in range(2))
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x):
-        return self.w2(recompute(lambda gate, up: F.silu(gate) * up, self.w1(x), self.w3(x)))  # SwiGLU
+        return self.w2(recompute(lambda gate, up: F.silu(gate) * up, self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -161,11 +162,10 @@ class LLaMA(nn.Module):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
-        """Training: sequences of these lengths, packed end to end in x [1, T, C].
+        """Training: x [1, T, C] holds sequences of these lengths, end to end. Without lengths: one per row.
 
         x             embeddings [B, T, C], or token ids [B, T]
-        w             routing weights of every layer, [L, B or 1, T or 1, 2]; None without a router
-        lengths       None: every row of x is one sequence
+        w             routing weights of every layer, [L, 1, T, 2], or for whole rows [L, B or 1, 1, 2]
         dropout_mask  of the hidden units of every layer's adapter, [L, B, T, r]; None: no dropout
         Returns the hidden states after the last norm, [B, T, C]; `output` turns them into logits.
         """

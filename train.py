@@ -33,6 +33,7 @@ from llama import LLaMA
 from official.adapter_files import fill, read_checkpoint, write_checkpoint
 from official.tokenizer import Tokenizer
 
+SMALL_WORLD = "tiny/data"
 
 @dataclass
 class Config:
@@ -41,7 +42,7 @@ class Config:
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights
-    data: str = "tiny/data"  # folder in ScienceQA's layout, or a mixture such as alpaca:FILE,llava:PATH
+    data: str = SMALL_WORLD  # folder in ScienceQA's layout, or a mixture such as alpaca:FILE,llava:PATH
     out: str = "out"  # folder of the run
     resume: bool = False  # continue from OUT/checkpoint.pt
     # model: the choices of Table 2
@@ -204,7 +205,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()
+        optimizer.step()  # one step towards the argmin of Eq. (4)
 
         done = step + 1
         if is_main:
@@ -224,7 +225,6 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         say(f"wrote {out / 'adapters.safetensors'}")
     if tests:  # each rank answers its share
         from evaluation import answering
-
         answering.answer_split(model, tokenizer, tests, out, cfg.max_new_tokens)
 
 
@@ -232,14 +232,12 @@ def main() -> None:
     cfg = cli.parse(Config, RECIPES)
     if cfg.dry_run:
         from speed import price
-
         print(price.quote(cfg))
         return
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    if cli.processes()[0] == 0 and Config.data in (source.path for source in prompts.mixture(cfg.data)):
+    if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
-
-        world.ensure(Config.data)  # the small world is generated when it is first used
+        world.ensure(SMALL_WORLD)  # generates it if this is its first use
     with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
         train(cfg, device, dtype)
 

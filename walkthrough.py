@@ -25,72 +25,71 @@ import naive
 
 # %% Two helpers: show the code of an equation, compare two values
 def equation(n: int, title: str, *functions) -> None:
-    """Print the lines of these functions that carry the tag of Eq. (n), up to the next line of code."""
+    """Print the line of each function that carries the tag of Eq. (n). Below a comment: the next line too."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
         lines = [line.strip() for line in inspect.getsource(f).splitlines()]
-        first = next(i for i, line in enumerate(lines) if f"# Eq. ({n}):" in line)
-        last = next(i for i, line in enumerate(lines) if i >= first and line[0] != "#" and line[-1] != ":")
-        for line in [*lines[first:last + 1], f"in {f.__qualname__}"]:
-            print(textwrap.fill(line, 98, initial_indent="    ", subsequent_indent="        "))
+        i = next(i for i, line in enumerate(lines) if f"# Eq. ({n}):" in line)
+        print(f"in {f.__qualname__}:", *lines[i:i + 1 + lines[i].startswith("#")], sep="\n    ")
 
 def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
     """Print two values of the same thing and their largest difference; stop if it exceeds 1e-4."""
     here, there = np.asarray(here), np.asarray(there)
     difference = abs(here - there).max() if here.shape == there.shape else np.nan
-    sizes = ", ".join(f"{axis} {size}" for axis, size in zip(axes.split(), here.shape))
+    sizes = ", ".join(f"{axis}={size}" for axis, size in zip(axes.split(), here.shape))
     for name, x in ((f"{what} [{sizes}]" if axes else what, here), (source, there)):
-        print(f"{name:>28} {' '.join(f'{value:9.4f}' for value in x.flat[:4])}{' ..' if x.size > 4 else ''}")
-    print(f"{'largest difference':>28}    {difference:.0e}")
+        print(f"{name:>36} {' '.join(f'{value:9.4f}' for value in x.flat[:4])}{' ..' if x.size > 4 else ''}")
+    print(f"{'largest difference':>36}    {difference:.0e}")
     assert difference < 1e-4, f"{what} differs from {source} by {difference}"
 
-# %% The trained tiny model, and four inputs: a question with an image and three responses; without the image
+# %% The trained tiny model and four inputs: a question about an image, without a response (asked), with the
+# right one and with a wrong one; and the question without the image (text). An input is a sequence of
+# t_m, head ([BOS] "Image: "), X' (n_visual tokens), rest (prompt and response).
 torch.set_grad_enabled(False), torch.set_num_threads(1)  # only Eq. (4) needs gradients
 model, _ = lavin.load("tiny/adapters.safetensors", "tiny/llama", "tiny/clip")
 tokenizer, n_cls, weights = Tokenizer("tiny/llama"), model.vit.n_cls, naive.params(model)
 prompt = "Question: What color is the circle?\nContext: N/A\nOptions: (A) green (B) blue (C) red\nResponse:"
 RED = "There is left a big red circle, right a small blue square. The circle is red. The answer is C."
-def example(response: str, image: str | None = "tiny/demo.png") -> Example:  # its token ids, see data.py
+
+def example(response: str, image: str | None = "tiny/demo.png") -> Example:  # token ids of head and rest
     return encode(Sample(id="", prompt=prompt, response=response, image=image, problem={}), tokenizer, n_cls)
+
 asked, right, wrong, text = example(""), example(RED), example("The answer is B."), example("", image=None)
 batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, right, wrong))  # 64 x 64 pixels
-picture = batch.images[0]  # [3, 64, 64]
-there, there_right, there_wrong, there_text = (  # each: Z, w, log_p
+picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3, 64, 64]; red and blue exchanged
+naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
 print(f"tiny/demo.png shows a big red circle, left of a small blue square. The prompt:\n\n{prompt}")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
-equation(1, "the modality token", LaVIN.routing_weights)
-with patch.object(model.llama, "route", lambda t_m: t_m):  # routing_weights() returns route(t_m); now t_m
-    check("t_m", "modality C", model.routing_weights(), np.stack([there_text.Z[0], there.Z[0]]))
+equation(1, "the modality token", LaVIN.modality_tokens)
+check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], naive_asked.Z[0]]))
 
-# %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z)). Z: here words
+# %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
-words = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C], as the adapter gets them
-args = naive.sub(weights, "llama.layers.0.adapter_attn."), model.cfg.adapter.scale
-check("Z'", "T C", layer.adapter_attn(words, w[0, IMAGE]), naive.mm_adapter(words.numpy(), there.w[0], *args))
+Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C], here of the words without X'
+p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
+check("Z'", "T C", layer.adapter_attn(Z, w[0, IMAGE]), naive.mm_adapter(Z.numpy(), naive_asked.w[0], p, s=1))
 bare, vit = llama.LLaMA.from_pretrained("tiny/llama"), clip.VisionTransformer.from_pretrained("tiny/clip")
 before = bare(batch.tokens[None]), vit(batch.images)
 untrained = LaVIN(bare, vit, model.cfg)  # puts new adapters into bare and vit
-after = bare(batch.tokens[None], untrained.routing_weights()[:, [IMAGE], None]), vit(batch.images)
+image_w = untrained.routing_weights()[:, IMAGE, None, None]  # [layer, 1, 1, 2]: for every row and token
+after = bare(batch.tokens[None], image_w), vit(batch.images)
 print("Untrained adapters leave every bit of the output as it was:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", MMAdapter.route, MMAdapter.forward)
-check("w", "layer modality adapter", w, np.stack([there_text.w, there.w], axis=1))
-for tau in (10, 1):
-    print(f"If t_m W_m + b_m = (1, 0), w is {naive.softmax(np.array([1, 0]) / tau).round(3)} at tau {tau}.")
+check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
+by_hand = naive.softmax(np.array([[1 / 10, 0], [1 / 1, 0]])).round(3)
+print("By hand: if t_m W_m + b_m = (1, 0), then w is", by_hand[0], "at tau 10 and", by_hand[1], "at tau 1.")
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
-exchanged = picture.flip(0)  # red and blue exchanged
-logits = []  # [cls] W_m + b_m of each block, for both images
-for block in model.vit.transformer.resblocks:
-    block.adapter_attn.f_w.register_forward_hook(lambda f_w, inputs, output: logits.append(output[:, 0]))
-X = model.vit(torch.stack([picture, exchanged]))
-w_vit = [torch.softmax(x / model.cfg.adapter.tau, dim=-1)[:, 0] for x in logits]
+w_vit, route = [], MMAdapter.route  # w_vit: the result of route in each block, [image, 1, (w_0, w_1)]
+with patch.object(MMAdapter, "route", lambda adapter, cls: w_vit.append(route(adapter, cls)) or w_vit[-1]):
+    X = model.vit(torch.stack([picture, exchanged]))
 print("w_0 in the ViT: each image has its own. The demo, and the demo with red and blue exchanged:",
-      *(f"    block {i}: demo {a:.3f}, exchanged {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
+      *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains", freeze_base)
@@ -98,10 +97,10 @@ with torch.enable_grad():
     model(wrong_batch).backward()
 moved = {n for n, x in model.named_parameters() if x.grad is not None}
 assert moved == trainable(model).keys(), "a frozen parameter trains"
-b_d = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # far from L; all 8 entries get the same step
-low, high = (-naive.run(weights | {b_d: weights[b_d] + step}, model, wrong, picture).log_p.sum()
-             for step in (-1e-4, 1e-4))
-check("dL/db_d", "", trainable(model)[b_d].grad.sum(), (high - low) / 2e-4)
+name = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # its gradient passes through both models
+low, high = (-naive.run(weights | {name: weights[name] + step}, model, wrong, picture).log_p.sum()
+             for step in (-1e-4, 1e-4))  # the same step for all 8 entries: the sum of their derivatives
+check("dL/d(phi_d.bias)", "", trainable(model)[name].grad.sum(), (high - low) / 2e-4)
 with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
 a, vit_block = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0]
@@ -113,15 +112,15 @@ print("LaVIN-7B trains 32 x {:,} (LLaMA) + 24 x {:,} (ViT) + {:,} (neck) + {:,} 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
 equation(5, "the loss, of the right response and of a wrong one", lavin.negative_log_likelihood)
 here = model(right_batch), model(wrong_batch)
-check("L", "response", here, [-there_right.log_p.sum(), -there_wrong.log_p.sum()])
+check("L", "response", here, [-naive_right.log_p.sum(), -naive_wrong.log_p.sum()])
 
 # %% Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in released files
-check("X'", "n C", model.adapter_proj(X[0]), there.Z[1 + len(asked.head):][:n_cls])
+check("X'", "n C", model.adapter_proj(X[0]), naive_asked.Z[1 + len(asked.head):][:n_cls])
 
 # %% Eq. (7): Z = [t_m, X', Y]
 equation(7, "the input of LLaMA", LaVIN.embed)
-check("Z after t_m", "T C", model.embed(batch)[0], there.Z[1:])
+check("Z after t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 for e, head in ((asked, tokenizer.decode(asked.head)), (text, tokenizer.decode(text.head))):
     print(f"{1 + e.length} tokens: t_m, [BOS] {head!r}, X' x {e.n_visual}, then {len(e.rest)} of the prompt")
 
@@ -130,12 +129,13 @@ equation(8, "generation", LaVIN.stream)
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records the logits of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0].softmax(-1)[0, t].item() for call, t in zip(pick.call_args_list, answer)]
-check("p(R_s | ..)", "s", p_R, np.exp(there_right.log_p))
+check("p(R_s | ..)", "s", p_R, np.exp(naive_right.log_p))
+assert tokenizer.decode(answer) == RED, "other tokens than those of naive_right"
 print(textwrap.fill(" ".join(f"{tokenizer.decode([t]) or '[EOS]'}:{x:.4f}" for t, x in zip(answer, p_R)), 96))
 other = model.generate(batch._replace(images=exchanged[None]), 40, tokenizer.eos, temperature=0)[0]
 print(f"p(R | Z) = {np.prod(p_R):.4f}. With red and blue exchanged in the image:\n{tokenizer.decode(other)}")
 
-# %% The attention of LLaMA's last layer, from the token that predicts "red", and folding
+# %% The attention of LLaMA's last layer: where does the token that predicts "red" find the color? Folding.
 with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attention) as attention:
     model.hidden(right_batch)
 q, k = (x[0] for x in attention.call_args.args[:2])  # of the last layer, rotated: [T, H, D]

@@ -86,17 +86,15 @@ def test_it_is_short():
 
 
 def test_equation_map():
-    """Each function that the map names holds the tag of its equation."""
-    rows = re.findall(r"^\| Eq\. \((\d)\)[^|]*\| (.*?) \|$", TEXTS[README], re.M)
-    assert [int(n) for n, _ in rows] == list(range(1, 9))
-    source = [f.read_text() for f in ROOT.glob("*.py")]
-    for n, places in rows:
+    """Each function that the map names stands in the file it names, and holds the tag of its equation."""
+    rows = re.findall(r"^\| Eq\. \((\d)\).*\| `(\w+\.py)`: (.*) \|$", TEXTS[README], re.M)
+    assert [int(n) for n, _, _ in rows] == list(range(1, 9))
+    for n, file, places in rows:
         for place in re.findall(r"`([\w.]+)`", places):
             owner, _, name = place.rpartition(".")
-            texts, indent = source, ""
+            text, indent = (ROOT / file).read_text(), ""
             if owner:
-                cls, indent = rf"^class {owner}\b.*?(?=^\S|\Z)", "    "
-                texts = [m[0] for t in source if (m := re.search(cls, t, re.M | re.S))]
+                text, indent = re.search(rf"^class {owner}\b.*?(?=^\S|\Z)", text, re.M | re.S)[0], "    "
             function = rf"^{indent}def {name}\(.*?(?=^{indent}[^\s)]|^[^\s)]|\Z)"
-            found = [m[0] for t in texts if (m := re.search(function, t, re.M | re.S))]
-            assert any(f"# Eq. ({n})" in f for f in found), f"{place} has no comment # Eq. ({n})"
+            found = re.search(function, text, re.M | re.S)[0]
+            assert f"# Eq. ({n})" in found, f"{place} has no comment # Eq. ({n})"

@@ -67,7 +67,7 @@ def test_prints_what_tiny_walkthrough_txt_holds():
 def test_shows_every_equation_in_short_lines():
     text = (ROOT / "tiny" / "walkthrough.txt").read_text()
     assert re.findall(r"^Eq\. \((\d)\)", text, re.M) == list("12345678")
-    assert max(map(len, text.splitlines())) < 100
+    assert max(map(len, text.splitlines())) <= 110
 
 
 @pytest.mark.parametrize("n", MISTAKES)
