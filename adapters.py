@@ -108,7 +108,7 @@ class MMAdapter(nn.Module):
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
         """t [.., d], the token that the router reads (t_m in LLaMA, [cls] in the ViT) -> w [.., 2] in fp32"""
-        # Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau); in the ViT, t is [cls]
+        # Eq. (3): w = softmax((t_m W_m + b_m) / tau). The module f_w holds W_m, b_m. In the ViT, t is [cls]
         return torch.softmax(self.f_w(t).float() / self.cfg.tau, dim=-1)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
@@ -155,7 +155,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
     """Freeze everything but adapters, neck and E_m; return the parameters that train, by name."""
     for name, p in model.named_parameters():
-        p.requires_grad_("adapter_" in name)  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), phi frozen
+        p.requires_grad_("adapter_" in name)  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a); phi frozen
     return trainable(model)
 
 

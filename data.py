@@ -51,7 +51,7 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
-    if sample.response:  # tokenised together, as in the released code; a token across the border is no target
+    if sample.response:  # tokenised as one string, as in the released code; a token across both is prompt
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -136,9 +136,12 @@ class MaskSampler(NamedTuple):
     @classmethod
     def of(cls, model) -> "MaskSampler | None":
         """A sampler of masks for this model; None if it trains without dropout."""
-        cfg, vit = model.cfg.adapter, model.vit if model.cfg.vit_adapters else None
+        cfg = model.cfg.adapter
+        if not cfg.dropout:
+            return None
+        vit = model.vit if model.cfg.vit_adapters else None
         blocks, tokens = (vit.cfg.layers, len(vit.positional_embedding)) if vit else (0, 0)
-        return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
+        return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens)
 
     def draw(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
         """The two masks of a Batch, by name. One seed per sample: batch-mates do not change its masks."""

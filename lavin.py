@@ -124,8 +124,8 @@ class LaVIN(nn.Module):
         Z, image_embeds = [], iter(image_embeds)
         for modality, head, rest in zip(batch.modality, words[::2], words[1::2]):
             X_prime = next(image_embeds).type_as(head) if modality == IMAGE else head[:0]  # [n or 0, C]
-            # Y is head and rest. As in the released code, X' stands between them: after [BOS] "Image: ".
-            Z.append(torch.cat([head, X_prime, rest]))  # Eq. (7): Z = [t_m, X', Y]. No other token sees t_m
+            # Eq. (7): Z = [t_m, X', Y]. Y = head + rest, around X' as in the released code; t_m runs apart
+            Z.append(torch.cat([head, X_prime, rest]))
         return Z
 
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -231,9 +231,10 @@ class LaVIN(nn.Module):
 
 
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """loss(hidden, W, targets), a sum over rows, and its gradient, LOSS_ROWS rows of logits at a time.
+    """loss(hidden, W, targets), a sum over rows, but only LOSS_ROWS rows of logits exist at once.
 
-    The logits of 1,000 targets take 128 MB at 7B; the gradient with respect to `hidden` 16 MB. W is frozen.
+    Compute the loss and the gradient with respect to `hidden` now, chunk by chunk, and keep the gradient for
+    the backward pass.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):

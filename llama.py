@@ -10,9 +10,9 @@ padding. `prefill` reads prompts into a cache. `decode` reads one more token per
 which keys a query may see: each hands its own function `attend(layer, q, k, v)` to the blocks.
 
 What one block keeps of a token for the backward pass: x, q, k, v, the attention's output, x after the
-attention, the two hidden layers w1(x) and w3(x) of the feed-forward, and one number per head, from which
-fused attention recomputes its softmax. Frozen projections keep nothing, because their weights need no
-gradient. Norms, adapters and the product in the feed-forward are recomputed. The ViT's blocks do the same.
+attention, the hidden vectors w1(x) and w3(x) of the feed-forward, and the log of each head's softmax
+denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing, because they
+need no gradient. Norms, adapters and the feed-forward's product are recomputed. The ViT's blocks do the same.
 
 Shapes: B rows, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
@@ -100,7 +100,7 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, H, D] at positions [B or 1, T]; return all keys and values, [B, filled, H, D]."""
         keys, values = self.k[layer], self.v[layer]  # [B, H, S, D]
-        # rows and positions select a slot per token; torch puts their axes first: [B, T, H, D], as in k, v
+        # index tensors around a slice: torch moves their axes to the front, so this is [B, T, H, D] like k, v
         keys[self.rows, :, positions] = k
         values[self.rows, :, positions] = v
         return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))

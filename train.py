@@ -189,7 +189,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     first = load_checkpoint(out / "checkpoint.pt", model, optimizer, must_match) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = data.prefetch(steps, range(first, stop), workers, pin_memory=device.type == "cuda")
-    log = Log(out / "log.jsonl", stop, first) if is_main else None  # also prints: loss, tokens/s, ETA
+    log = Log(out / "log.jsonl", stop, first) if is_main else None  # collects losses, prints an interval
 
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
         buffer.zero_()
@@ -205,7 +205,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # one step towards the argmin of Eq. (4)
+        optimizer.step()  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a): one step over theta_a alone
 
         done = step + 1
         if is_main:
@@ -213,7 +213,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             log.step(torch.stack([loss_sum, squared_norm]), tokens)
         to_save = done % cfg.save_every == 0 or done == stop
         if is_main and (to_save or done % cfg.log_every == 0):
-            losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # of these steps
+            losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # since the last line
             check_losses(losses, done, steps)
         if is_main and to_save:
             write_checkpoint(out / "checkpoint.pt", {

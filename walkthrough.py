@@ -14,6 +14,7 @@ import torch
 import clip
 import lavin
 import llama
+import train
 from adapters import MMAdapter, freeze_base, trainable
 from data import Example, Sample, collate, encode
 from lavin import IMAGE, LaVIN, Neck
@@ -25,7 +26,7 @@ import naive
 
 # %% Two helpers: show the code of an equation, compare two values
 def equation(n: int, title: str, *functions) -> None:
-    """Print the line of each function that carries the tag of Eq. (n). Below a comment: the next line too."""
+    """Print the line of each function that has the tag of Eq. (n). If it is a comment, also the next line."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
         lines = [line.strip() for line in inspect.getsource(f).splitlines()]
@@ -66,7 +67,7 @@ equation(1, "the modality token", LaVIN.modality_tokens)
 check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], naive_asked.Z[0]]))
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
-equation(2, "the MM-Adapter", MMAdapter.forward)
+equation(2, "the MM-Adapter, for the words of the prompt", MMAdapter.forward)
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C], here of the words without X'
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -81,33 +82,32 @@ print("Untrained adapters leave every bit of the output as it was:", all(map(tor
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", MMAdapter.route, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
-by_hand = naive.softmax(np.array([[1 / 10, 0], [1 / 1, 0]])).round(3)
-print("By hand: if t_m W_m + b_m = (1, 0), then w is", by_hand[0], "at tau 10 and", by_hand[1], "at tau 1.")
+print("By hand: (1, 0) at tau 10, at tau 1 gives w =", *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
 w_vit, route = [], MMAdapter.route  # w_vit: the result of route in each block, [image, 1, (w_0, w_1)]
 with patch.object(MMAdapter, "route", lambda adapter, cls: w_vit.append(route(adapter, cls)) or w_vit[-1]):
-    X = model.vit(torch.stack([picture, exchanged]))
+    model.vit(torch.stack([picture, exchanged]))
 print("w_0 in the ViT: each image has its own. The demo, and the demo with red and blue exchanged:",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "what trains", freeze_base)
+equation(4, "what trains. L: loss of the wrong response; x: added to phi_d.bias in ViT block 0",
+         freeze_base, train.train)
 with torch.enable_grad():
     model(wrong_batch).backward()
 moved = {n for n, x in model.named_parameters() if x.grad is not None}
 assert moved == trainable(model).keys(), "a frozen parameter trains"
 name = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # its gradient passes through both models
-low, high = (-naive.run(weights | {name: weights[name] + step}, model, wrong, picture).log_p.sum()
-             for step in (-1e-4, 1e-4))  # the same step for all 8 entries: the sum of their derivatives
-check("dL/d(phi_d.bias)", "", trainable(model)[name].grad.sum(), (high - low) / 2e-4)
+L = lambda x: -naive.run(weights | {name: weights[name] + x}, model, wrong, picture).log_p.sum()
+check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, differences")
 with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
-a, vit_block = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0]
-n = [sum(x.numel() for x in m.parameters() if x.requires_grad)
-     for m in (*a.children(), a, vit_block, big.adapter_proj, big.adapter_modality_embedding, big)]
-print("One adapter of LLaMA-7B: {:,} (phi_d) + {:,} (phi_u1) + {:,} (phi_u2) + {:,} (f_w) = {:,}.".format(*n))
-print("LaVIN-7B trains 32 x {:,} (LLaMA) + 24 x {:,} (ViT) + {:,} (neck) + {:,} (E_m) = {:,}.".format(*n[4:]))
+count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
+a, a_vit = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0].adapter_attn
+print("One adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, part in a.named_children()),
+      f"= {count(a)}.\nLaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
+      f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
 equation(5, "the loss, of the right response and of a wrong one", lavin.negative_log_likelihood)
@@ -116,7 +116,7 @@ check("L", "response", here, [-naive_right.log_p.sum(), -naive_wrong.log_p.sum()
 
 # %% Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in released files
-check("X'", "n C", model.adapter_proj(X[0]), naive_asked.Z[1 + len(asked.head):][:n_cls])
+check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_cls])
 
 # %% Eq. (7): Z = [t_m, X', Y]
 equation(7, "the input of LLaMA", LaVIN.embed)

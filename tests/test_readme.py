@@ -87,10 +87,11 @@ def test_it_is_short():
 
 def test_equation_map():
     """Each function that the map names stands in the file it names, and holds the tag of its equation."""
-    rows = re.findall(r"^\| Eq\. \((\d)\).*\| `(\w+\.py)`: (.*) \|$", TEXTS[README], re.M)
-    assert [int(n) for n, _, _ in rows] == list(range(1, 9))
-    for n, file, places in rows:
-        for place in re.findall(r"`([\w.]+)`", places):
+    rows = re.findall(r"^\| Eq\. \((\d)\).*\| (`\w+\.py`: .*) \|$", TEXTS[README], re.M)
+    assert [int(n) for n, _ in rows] == list(range(1, 9))
+    for n, cell in rows:
+        for file, place in ((file, place) for file, places in re.findall(r"`(\w+\.py)`: ([^;]*)", cell)
+                            for place in re.findall(r"`([\w.]+)`", places)):
             owner, _, name = place.rpartition(".")
             text, indent = (ROOT / file).read_text(), ""
             if owner:
