@@ -143,11 +143,7 @@ class VisionTransformer(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "VisionTransformer":
         """Read official weights; ValueError or FileNotFoundError if something is wrong."""
-        sizes, tensors = weights.read_clip(path)
-        with torch.device("meta"):
-            model = cls(CLIPConfig(**sizes))
-        weights.assign(model, tensors, path, device, dtype)
-        return model
+        return weights.load(cls, CLIPConfig, weights.read_clip, path, device, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
     """
     c, r = model.llama.cfg, model.cfg.adapter.dim
     d, L = c.dim, c.n_layers
-    block = 4 * d * d + 3 * d * c.ffn_dim  # weights of a block's seven matrices
+    d_kv = d * c.n_kv_heads // c.n_heads  # width of all key heads together; d without grouped queries
+    block = 2 * d * (d + d_kv) + 3 * d * c.ffn_dim  # weights of a block's seven matrices
     mm = model.cfg.adapter.kind == "mm"
     phi_d, phi_u = r, 2 * r if mm else r  # multiply-adds per token, divided by d; an MM-Adapter has two phi_u
     lines = {
@@ -117,7 +118,7 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         # forward, recomputed forward, gradients of input and weights. Without an image nothing before the
         # first adapter trains, so its input needs no gradient.
         "adapters": d * load.tokens * (L * 8 * (phi_d + phi_u) - 2 * phi_d * (not load.pictures)),
-        "modality tokens": modality_token_flops(d, L, block, phi_d + phi_u) * load.forwards if mm else 0,
+        "modality tokens": mm and modality_token_flops(d, d_kv, L, block, phi_d + phi_u) * load.forwards,
     }
     if checkpoint:  # forward of each block again, up to the input of its last matrix, w2 [d, ffn_dim]
         lines["recomputed blocks"] = 2 * L * (block - d * c.ffn_dim + d * (phi_d + phi_u)) * load.tokens + \
@@ -128,11 +129,11 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
     return lines
 
 
-def modality_token_flops(d: int, L: int, block: int, phi: int) -> int:
+def modality_token_flops(d: int, d_kv: int, L: int, block: int, phi: int) -> int:
     """Both modality tokens, once per forward pass. Nothing after the last router needs a gradient."""
     routers = 3 * L * 2 * d  # a router is a [d, 2] matrix: forward, gradients of input and weights
     adapters = (3 * L - 2) * phi * d
-    frozen = (2 * L - 1) * (block - 2 * d * d)  # a token that sees only itself needs neither q nor k
+    frozen = (2 * L - 1) * (block - d * (d + d_kv))  # a token that sees only itself needs neither q nor k
     return 2 * 2 * (routers + adapters + frozen)
 
 
@@ -164,9 +165,10 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     """Bytes in use at the peak of one micro-batch, by line. The model may be on the meta device."""
     c, e, T = model.llama.cfg, dtype.itemsize, load.tokens
     n_trained = sum(p.numel() for p in trainable(model).values())
-    # A block keeps x, q, k, v, the attention's output and x after the attention (d values each), gate and up
-    # (ffn_dim each), and the attention's log-sums in fp32. See llama.py for what it recomputes.
-    block = T * (e * (6 * c.dim + 2 * c.ffn_dim) + 4 * c.n_heads)
+    # A block keeps x, q, the attention's output and x after the attention (d values each), k and v (d_kv
+    # each), gate and up (ffn_dim each), and the attention's log-sums in fp32. See llama.py for the rest.
+    d_kv = c.dim * c.n_kv_heads // c.n_heads
+    block = T * (e * (4 * c.dim + 2 * d_kv + 2 * c.ffn_dim) + 4 * c.n_heads)
     # The loss keeps the input of the last norm in fp32, and the gradient of the hidden states at targets.
     loss = T * 4 * c.dim + load.targets * e * c.dim
     # Two peaks come on top of what is kept. In the loss, a chunk of logits exists three times in fp32:

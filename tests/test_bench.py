@@ -27,11 +27,11 @@ CPU = torch.device("cpu")
 PROBLEMS = [Kind(300, 80, True), Kind(280, 90, False), Kind(400, 70, True), Kind(200, 60, False)]
 
 
-def tiny(dtype=torch.float32, checkpoint: bool = False, **cfg) -> Ours:
+def tiny(dtype=torch.float32, checkpoint: bool = False, n_kv_heads: int | None = None, **cfg) -> Ours:
     c, v = bench.PRESETS["tiny"]
     with torch.device("meta"):
         vit = VisionTransformer(v) if cfg.get("vision", True) else None
-        model = LaVIN(LLaMA(replace(c, n_layers=3)), vit, LaVINConfig(**cfg))
+        model = LaVIN(LLaMA(replace(c, n_layers=3, n_kv_heads=n_kv_heads)), vit, LaVINConfig(**cfg))
     bench.materialise(model, CPU, dtype)
     model.llama.recompute_blocks = checkpoint
     return Ours(bench.Config(), model)
@@ -71,7 +71,7 @@ def test_eight_ranks_carry_nearly_equal_loads():
 # FLOPs
 
 @pytest.mark.parametrize("choice", [{}, {"vit_adapters": False}, {"vision": False}, {"checkpoint": True},
-                                    {"adapter": AdapterConfig("rep")}],
+                                    {"n_kv_heads": 2}, {"adapter": AdapterConfig("rep")}],
                          ids=lambda choice: "-".join(choice) or "whole")
 def test_flop_formula_equals_torchs_counter(choice):
     """The formula covers recomputed products, the routers, the neck, and attention as the counter sees it."""
@@ -104,10 +104,10 @@ def test_a_7b_block_saves_at_most_95_kb_per_token():
     assert 93_000 < bench.block_bytes(llama.PRESETS["7B"], torch.bfloat16, CPU, lengths=(200, 56)) <= 95_000
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint,n_kv_heads", [(False, None), (True, None), (False, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_predicted_memory_equals_measured_memory(dtype, checkpoint):
-    ours = tiny(dtype, checkpoint)
+def test_predicted_memory_equals_measured_memory(dtype, checkpoint, n_kv_heads):
+    ours = tiny(dtype, checkpoint, n_kv_heads)
     batch = ours.batch(PROBLEMS)
     ours.step([batch])
     lines = price.memory(ours.model, dtype, Load.of(PROBLEMS), checkpoint)

@@ -30,6 +30,6 @@ def tell(folder, dtype=torch.float32, fold: bool = False) -> str:
 
 
 @pytest.mark.parametrize("fold", [False, True], ids=["modules", "folded"])
-@pytest.mark.parametrize("layout", ["mha", "meta"])
+@pytest.mark.parametrize("layout", ["gqa", "mha", "meta"])
 def test_a_trained_llama_tells_its_story(layout, fold):
     assert tell(STORIES / layout, fold=fold) == (STORIES / "greedy_200.txt").read_text()

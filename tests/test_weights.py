@@ -299,12 +299,10 @@ def test_the_wrong_folder(tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(num_key_value_heads=2), "num_key_value_heads is 2, expected 4"),
     (dict(rope_scaling={"factor": 8.0, "rope_type": "llama3"}), "rope_scaling is a dict"),
     (dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear"}),
      "rope_parameters.rope_type is 'linear'"),
     (dict(attention_bias=True), "attention_bias is True"),
-    (dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"), (dict(head_dim=16), "head_dim is 16, expected 8"),
     (dict(model_type="mistral"), "model_type is 'mistral', expected llama or clip"),
 ])
@@ -322,8 +320,8 @@ def test_other_broken_configurations(tmp_path):
     vit_fails(folder, "config.json: not valid JSON")
     (folder / "config.json").write_text('{"model_type": "clip"}')
     vit_fails(folder, "config.json: image_size is missing")
-    folder = write_meta(tmp_path / "meta", make_llama(), n_kv_heads=2)
-    llama_fails(folder, "params.json: n_kv_heads is 2")
+    folder = write_meta(tmp_path / "meta", make_llama(), n_kv_heads=3)
+    llama_fails(folder, "params.json: n_heads is 4, expected a multiple of 3, for 3 n_kv_heads")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -425,6 +423,10 @@ def test_wrong_sizes_in_a_clip_config(tmp_path, key):
 
 
 @pytest.mark.parametrize("change,message", [
+    (dict(num_key_value_heads=3), "num_attention_heads is 4, expected a multiple of 3, for 3 num_key_value"),
+    (dict(num_key_value_heads=8), "num_attention_heads is 4, expected a multiple of 8"),
+    (dict(num_key_value_heads="4"), "num_key_value_heads is '4', expected a whole number"),
+    (dict(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes', expected true or false"),
     (dict(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6', expected a number above 0, at most 1"),
     (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
     (dict(rms_norm_eps=-1e-6), "rms_norm_eps is -1e-06"),
