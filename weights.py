@@ -31,7 +31,7 @@ from official.configs import check_metadata
 from official.layouts import identify
 from official.mistakes import complain
 from official.tensorfiles import Tensors, write_folder
-from official.tokenizer import tokenizer_path
+from official.tokenizer import special_ids, tokenizer_files, tokenizer_path
 
 
 def read_llama(path: str | Path) -> tuple[dict, Tensors]:
@@ -119,8 +119,10 @@ def convert(src: Path, dst: Path) -> None:
     if identify(src).startswith("CLIP"):
         return write_folder(dst, *clip_layouts.to_hf(*read_clip(src)))
     tokenizer = tokenizer_path(src)
-    write_folder(dst, *llama_layouts.to_hf(*read_llama(src)))
-    shutil.copyfile(tokenizer, dst / "tokenizer.model")
+    config, tensors = llama_layouts.to_hf(*read_llama(src))
+    write_folder(dst, config | special_ids(tokenizer), tensors)
+    for file in tokenizer_files(tokenizer):
+        shutil.copyfile(file, dst / file.name)
 
 
 def show(path: Path) -> str:
