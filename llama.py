@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 import weights
 from adapters import recompute
+from official.rope import slowed
 
 
 @dataclass
@@ -40,6 +41,7 @@ class LLaMAConfig:
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
     n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
+    rope_scaling: dict | None = None  # slower rotary frequencies from LLaMA-3.1 on, see official/rope.py
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -63,10 +65,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
 
 
-def rope_table(positions: torch.Tensor, D: int, theta: float) -> torch.Tensor:
+def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> e^(i angle) [.., T, 1, D/2], complex64."""
-    freq = theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * freq
+    D = cfg.dim // cfg.n_heads
+    freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -210,7 +213,7 @@ class LLaMA(nn.Module):
 
     def blocks(self, x, w, positions, attend: Callable, dropout_mask=None) -> torch.Tensor:
         """All blocks and the last norm."""
-        rope = rope_table(positions, self.cfg.dim // self.cfg.n_heads, self.cfg.rope_theta)
+        rope = rope_table(positions, self.cfg)
         for i, block in enumerate(self.layers):
             w_i = None if w is None else w[i]
             mask_i = None if dropout_mask is None else dropout_mask[i]

@@ -16,6 +16,7 @@ import torch
 from official.configs import Config, read_config
 from official.mistakes import BadFile, complain
 from official.names import check_shapes, join, take
+from official.rope import read_scaling
 from official.tensorfiles import Lazy, Mapped, Tensors, open_folder, open_torch
 
 MODEL = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -27,7 +28,7 @@ BLOCK = {
 }
 ROTARY = re.compile(r"attention\.w([qk])\.weight$")  # the parameters whose rows are permuted
 COLUMNS = re.compile(r"wo|w2|tok_embeddings")  # Meta's shards split these by columns, other matrices by rows
-SUPPORTED = "LLaMA-1 and LLaMA-2 of 7B and 13B"
+SUPPORTED = "the models of official/MODELS.md"
 
 
 def hf_names(n_layers: int) -> dict[str, str]:
@@ -75,12 +76,13 @@ def read_hf(folder: Path) -> tuple[dict, Tensors]:
         n_heads=cfg.whole("num_attention_heads"), ffn_dim=cfg.whole("intermediate_size"),
         vocab_size=cfg.whole("vocab_size"), norm_eps=cfg.number("rms_norm_eps", most=1),
         rope_theta=cfg.number("rope_theta", rope.number("rope_theta", 10000.0)),
-        max_seq_len=cfg.whole("max_position_embeddings", 2048))
+        rope_scaling=read_scaling(cfg), max_seq_len=cfg.whole("max_position_embeddings", 2048))
+    if cfg.values.get("sliding_window") is not None:  # Mistral: up to its window, it is full attention
+        sizes["max_seq_len"] = min(sizes["max_seq_len"], cfg.whole("sliding_window"))
     cfg.multiple("hidden_size", "num_attention_heads", times=2)  # rotary pairs: the width of a head is even
     sizes["n_kv_heads"] = kv_heads(cfg, "num_attention_heads", "num_key_value_heads")
-    cfg.expect({"head_dim": sizes["dim"] // sizes["n_heads"], "hidden_act": "silu", "rope_scaling": None,
+    cfg.expect({"head_dim": sizes["dim"] // sizes["n_heads"], "hidden_act": "silu",
                 "attention_bias": False, "mlp_bias": False}, SUPPORTED)
-    rope.expect({"rope_type": "default"}, SUPPORTED)
     found = open_folder(folder)
     if "tok_embeddings.weight" in found:
         raise BadFile(f"{folder}: the tensors have Meta's names, config.json is Hugging Face's; rename "
@@ -108,6 +110,8 @@ def to_hf(sizes: dict, tensors: Tensors) -> tuple[dict, Tensors]:
         "rope_theta": sizes["rope_theta"], "vocab_size": sizes["vocab_size"],
         "max_position_embeddings": sizes["max_seq_len"], "bos_token_id": 1, "eos_token_id": 2,
         "tie_word_embeddings": tied, "attention_bias": False}
+    if sizes.get("rope_scaling"):
+        config["rope_scaling"] = {"rope_type": "llama3", **sizes["rope_scaling"]}
     tensors = reorder(tensors, pairs_to_halves, sizes)
     return config, {theirs: tensors[ours] for ours, theirs in names.items()}
 
@@ -125,6 +129,8 @@ def read_meta(folder: Path) -> tuple[dict, Tensors]:
         max_seq_len=params.whole("max_seq_len", 2048))  # official files lack it; for LLaMA-2, add 4096
     params.multiple("dim", "n_heads", times=2)
     sizes["n_kv_heads"] = kv_heads(params, "n_heads", "n_kv_heads")
+    # from LLaMA-3.1 on: params.json says that the frequencies are scaled, but not by how much
+    params.expect({"use_scaled_rope": False}, "models before LLaMA-3.1, and later ones in the other layout,")
     names, shards = hf_names(sizes["n_layers"]), open_shards(folder, sizes["dim"])
     for path, shard in shards.items():
         take(path, {name: [name] for name in names}, shard, ignored=r"rope\.freqs$")

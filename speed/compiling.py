@@ -95,7 +95,7 @@ class Graph(FastStep):
             c, self.slots, device = self.cfg, slots, self.model.device
             kept = KVCache(c, 1, slots, device, cache.k[0].dtype)
             self.keys, self.values = kept.k, kept.v
-            self.rope = rope_real(slots, c.dim // c.n_heads, c.rope_theta, device)
+            self.rope = rope_real(slots, c, device)
             self.all_slots = torch.arange(slots, device=device)
             for x in (*self.keys, *self.values, self.rope):
                 torch._dynamo.mark_static_address(x)  # the graph uses it in place

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lavin import LaVIN
-from llama import KVCache, rope_table
+from llama import KVCache, LLaMAConfig, rope_table
 
 
 @cache
@@ -71,12 +71,12 @@ class Weights(NamedTuple):
         return cls(llama.tok_embeddings.weight, layers, llama.norm.weight, llama.output.weight)
 
 
-def rope_real(n: int, D: int, theta: float, device) -> torch.Tensor:
+def rope_real(n: int, cfg: LLaMAConfig, device) -> torch.Tensor:
     """[n, 2, D/2, 2]: (cos, cos) and (-sin, sin) of every position and pair, without complex numbers.
 
     torch's compilers cannot handle complex numbers.
     """
-    rope = rope_table(torch.arange(n, device=device), D, theta)[:, 0]  # [n, D/2]
+    rope = rope_table(torch.arange(n, device=device), cfg)[:, 0]  # [n, D/2]
     cos = torch.stack([rope.real, rope.real], -1)  # [n, D/2, 2]
     sin = torch.stack([-rope.imag, rope.imag], -1)
     return torch.stack([cos, sin], dim=1)
@@ -133,7 +133,7 @@ class FastStep:
         c = model.llama.cfg
         self.model, self.cfg = model, c
         self.weights = {modality: Weights.of(model, modality) for modality in model.folded}
-        self.rope = rope_real(c.max_seq_len, c.dim // c.n_heads, c.rope_theta, model.device)
+        self.rope = rope_real(c.max_seq_len, c, model.device)
 
     def __call__(self, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
         if len(token) > 1:

@@ -130,10 +130,10 @@ def test_answers_do_not_depend_on_batch_mates(lavin, temperature):
     assert together[::-1] == lavin.generate(make_batch(PROMPTS[::-1]), 12, **sampling)
 
 
-@pytest.mark.parametrize("kind", ["mm", "rep"])
-def test_folded_equals_unfolded(kind):
+@pytest.mark.parametrize("kind,base", [("mm", LLAMA), ("rep", LLAMA), ("mm", GROUPED)])
+def test_folded_equals_unfolded(kind, base):
     """Structural re-parameterisation removes LLaMA's adapters and keeps the logits in both modalities."""
-    model, folded = (make_lavin(kind=kind, scale=0.7, tau=3.0) for _ in range(2))
+    model, folded = (make_lavin(base=base, kind=kind, scale=0.7, tau=3.0) for _ in range(2))
     folded.fold(0, 1)
     assert all(layer.adapter_attn is None for layer in folded.llama.layers)
     for rows in ([r for r in ROWS if r[2]], [r for r in ROWS if not r[2]]):
