@@ -29,6 +29,7 @@ class CLIPConfig:
     layers: int = 24
     heads: int = 16
     cls_every: int = 4  # LaVIN takes the [cls] token after every so many blocks
+    activation: str = "quick_gelu"  # a key of ACTIVATIONS
 
 
 PRESETS = {
@@ -36,6 +37,7 @@ PRESETS = {
     "ViT-B/16": CLIPConfig(patch_size=16, width=768, layers=12, heads=12),
     "tiny": CLIPConfig(image_size=64, patch_size=8, width=128, layers=6, heads=4, cls_every=1),
 }
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's, LAION's
 
 
 class LayerNorm(nn.LayerNorm):
@@ -64,18 +66,14 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).reshape(N, T, C))
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
 class MLP(nn.Module):
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
-        self.c_fc = nn.Linear(cfg.width, 4 * cfg.width)
-        self.c_proj = nn.Linear(4 * cfg.width, cfg.width)
+        self.c_fc, self.c_proj = nn.Linear(cfg.width, 4 * cfg.width), nn.Linear(4 * cfg.width, cfg.width)
+        self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x):
-        return self.c_proj(recompute(quick_gelu, self.c_fc(x)))
+        return self.c_proj(recompute(self.activation, self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -142,11 +140,7 @@ class VisionTransformer(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "VisionTransformer":
         """Read official weights; ValueError or FileNotFoundError if something is wrong."""
-        sizes, tensors = weights.read_clip(path)
-        with torch.device("meta"):
-            model = cls(CLIPConfig(**sizes))
-        weights.assign(model, tensors, path, device, dtype)
-        return model
+        return weights.load(cls, CLIPConfig, weights.read_clip, path, device, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class LaVIN(nn.Module):
         self.folded = {m: [] for m in modalities}
         for i, layer in enumerate(self.llama.layers):
             qkv = torch.cat([x.weight for x in (layer.attention.wq, layer.attention.wk, layer.attention.wv)])
-            for m in modalities:  # W [3 C, C], b [3 C]
+            for m in modalities:  # W [C + 2 G D, C], b [C + 2 G D]
                 self.folded[m].append(adapters.fold(qkv, layer.adapter_attn, None if w is None else w[i, m]))
             layer.adapter_attn = None
             self.use_folded(modalities[0], i)  # layer by layer, so the old matrices are freed early
@@ -170,7 +170,8 @@ class LaVIN(nn.Module):
         self.folded_for = modality
         for i in layers or range(len(self.llama.layers)):
             a, (W, b) = self.llama.layers[i].attention, self.folded[modality][i]
-            for linear, W_i, b_i in zip((a.wq, a.wk, a.wv), W.chunk(3), b.chunk(3)):
+            rows = [linear.out_features for linear in (a.wq, a.wk, a.wv)]  # C, G D, G D
+            for linear, W_i, b_i in zip((a.wq, a.wk, a.wv), W.split(rows), b.split(rows)):
                 linear.weight, linear.bias = (nn.Parameter(x, requires_grad=False) for x in (W_i, b_i))
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:

@@ -14,7 +14,8 @@ attention, the hidden vectors w1(x) and w3(x) of the feed-forward, and the log o
 denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing, because they
 need no gradient. Norms, adapters and the feed-forward's product are recomputed. The ViT's blocks do the same.
 
-Shapes: B rows, T tokens, C = dim, H heads, D = C / H, S slots of a cache, L layers, r width of an adapter.
+Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
+G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 
 import weights
 from adapters import recompute
+from official.rope import slowed
 
 
 @dataclass
@@ -38,6 +40,11 @@ class LLaMAConfig:
     norm_eps: float = 1e-6  # 1e-5 in LLaMA-2
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
+    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
+    rope_scaling: dict | None = None  # slower rotary frequencies from LLaMA-3.1 on, see official/rope.py
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
 
 
 PRESETS = {
@@ -58,10 +65,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
 
 
-def rope_table(positions: torch.Tensor, D: int, theta: float) -> torch.Tensor:
+def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> e^(i angle) [.., T, 1, D/2], complex64."""
-    freq = theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * freq
+    D = cfg.dim // cfg.n_heads
+    freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -72,20 +80,20 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 def dot_product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v; q [B, T, H, D], k and v [B, S, H, D] -> [B, T, H, D]"""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, .., D]
-    return F.scaled_dot_product_attention(q, k, v, **mask).transpose(1, 2)
+    """softmax(q k^T / sqrt(D)) v; q [B, T, H, D], k and v [B, S, G, D] -> [B, T, H, D]"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or G, .., D]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] < q.shape[1], **mask).transpose(1, 2)
 
 
 class KVCache:
-    """Keys and values of B rows: k and v are lists of L tensors [B, H, S, D]. Slot s of a row: position s.
+    """Keys and values of B rows: k and v are lists of L tensors [B, G, S, D]. Slot s of a row: position s.
 
     Rows may differ in length. The padding behind a shorter prompt lands in the cache too, but no query looks
     beyond its own position, and the row's next tokens overwrite it.
     """
 
     def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
-        shape = B, cfg.n_heads, S, cfg.dim // cfg.n_heads
+        shape = B, cfg.n_kv_heads, S, cfg.dim // cfg.n_heads
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
                           for _ in range(2))
         self.rows = torch.arange(B, device=device)[:, None]
@@ -98,9 +106,9 @@ class KVCache:
         return self.lengths - 1
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
-        """Store k, v [B, T, H, D] at positions [B or 1, T]; return all keys and values, [B, filled, H, D]."""
-        keys, values = self.k[layer], self.v[layer]  # [B, H, S, D]
-        # index tensors around a slice: torch moves their axes to the front, so this is [B, T, H, D] like k, v
+        """Store k, v [B, T, G, D] at positions [B or 1, T]; return all keys and values, [B, filled, G, D]."""
+        keys, values = self.k[layer], self.v[layer]  # [B, G, S, D]
+        # index tensors around a slice: torch moves their axes to the front, so this is [B, T, G, D] like k, v
         keys[self.rows, :, positions] = k
         values[self.rows, :, positions] = v
         return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
@@ -109,18 +117,20 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
-        self.n_heads, self.layer = cfg.n_heads, layer
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
+        self.layer, self.D, self.served = layer, cfg.dim // cfg.n_heads, cfg.n_heads // cfg.n_kv_heads
+        C, C_kv = cfg.dim, cfg.n_kv_heads * self.D
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, out, bias=False) for out in (C, C_kv, C_kv, C))
 
     def forward(self, z, rope, attend):
         B, T, C = z.shape
-        q, k, v = (linear(z).view(B, T, self.n_heads, -1) for linear in (self.wq, self.wk, self.wv))
+        q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
         y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # [B, T, H, D]
         return self.wo(y.reshape(B, T, C))
 
     def alone(self, z):
         """A token z [.., C] that sees only itself. Softmax over one score is 1: it reads its own value."""
-        return self.wo(self.wv(z))
+        v = self.wv(z).unflatten(-1, (-1, self.D))  # [.., G, D]
+        return self.wo(v.repeat_interleave(self.served, dim=-2).flatten(-2))  # every head reads its group's v
 
 
 class FeedForward(nn.Module):
@@ -203,14 +213,12 @@ class LLaMA(nn.Module):
 
     def blocks(self, x, w, positions, attend: Callable, dropout_mask=None) -> torch.Tensor:
         """All blocks and the last norm."""
-        rope = rope_table(positions, self.cfg.dim // self.cfg.n_heads, self.cfg.rope_theta)
+        rope = rope_table(positions, self.cfg)
         for i, block in enumerate(self.layers):
             w_i = None if w is None else w[i]
             mask_i = None if dropout_mask is None else dropout_mask[i]
-            if self.recompute_blocks:
-                x = recompute(block, x, rope, attend, w_i, mask_i)
-            else:
-                x = block(x, rope, attend, w_i, mask_i)
+            inputs = x, rope, attend, w_i, mask_i
+            x = recompute(block, *inputs) if self.recompute_blocks else block(*inputs)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
@@ -231,8 +239,4 @@ class LLaMA(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "LLaMA":
         """Read a folder of official weights; ValueError or FileNotFoundError if something is wrong."""
-        sizes, tensors = weights.read_llama(path)
-        with torch.device("meta"):
-            model = cls(LLaMAConfig(**sizes))
-        weights.assign(model, tensors, path, device, dtype)
-        return model
+        return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype)

@@ -11,8 +11,8 @@
     python weights.py export adapters.safetensors NEW.pth    our adapters -> the names of the released code
 
 A reader returns (sizes, tensors): the keyword arguments of our config, and one `Lazy` for each parameter.
-A Lazy reads its tensor when it is called. `assign` fills a model tensor by tensor, so loading needs the
-memory of the model and of about one tensor more.
+A Lazy reads its tensor when it is called. `load` fills a model tensor by tensor, so loading needs the memory
+of the model and of about one tensor more.
 """
 import argparse
 import hashlib
@@ -20,6 +20,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -30,7 +31,7 @@ from official.configs import check_metadata
 from official.layouts import identify
 from official.mistakes import complain
 from official.tensorfiles import Tensors, write_folder
-from official.tokenizer import tokenizer_path
+from official.tokenizer import special_ids, tokenizer_files, tokenizer_path
 
 
 def read_llama(path: str | Path) -> tuple[dict, Tensors]:
@@ -81,22 +82,29 @@ def check_base(path: str | Path, meta: dict, model: nn.Module, base: str, any_ba
                          f"{fingerprint(model)}); point --llama and --clip at that base, or pass --any_base")
 
 
-def assign(model: nn.Module, tensors: Tensors, path: str | Path, device, dtype) -> None:
-    """Fill a model that was built on the meta device with copies of `tensors` on `device`, as `dtype`.
+def load(model: Callable, config: Callable, read: Callable, path: str | Path, device, dtype) -> nn.Module:
+    """Build model(config(**sizes)) from what read(path) returns, on `device`, as `dtype`.
 
     Only one tensor is read at a time. ValueError if a shape differs or a value is not finite.
     """
+    sizes, tensors = read(path)
+    with torch.device("meta"):  # names and shapes, no memory
+        model = model(config(**sizes))
     ours = dict(model.named_parameters())
     assert ours.keys() == tensors.keys(), f"readers and model differ in {ours.keys() ^ tensors.keys()}"
     wrong = [f"{name} {list(tensors[name].shape)} instead of {list(p.shape)}"
              for name, p in ours.items() if tensors[name].shape != p.shape]
     complain(path, {"wrong shapes": wrong}, "the configuration is of another model, download both again")
+    stored = {}  # {Lazy: parameter}; tied embeddings have two names, but one Lazy, and are stored once
     for name in ours:
         owner, _, leaf = name.rpartition(".")
-        p = nn.Parameter(tensors[name]().to(device, dtype, copy=True), requires_grad=False)
-        if not all(x.isfinite() for x in p.aminmax()):
-            raise ValueError(f"{path}: {name} holds values that are not finite; download it again")
-        setattr(model.get_submodule(owner), leaf, p)
+        t = tensors[name]
+        if t not in stored:
+            stored[t] = nn.Parameter(t().to(device, dtype, copy=True), requires_grad=False)
+            if not all(x.isfinite() for x in stored[t].aminmax()):
+                raise ValueError(f"{path}: {name} holds values that are not finite; download it again")
+        setattr(model.get_submodule(owner), leaf, stored[t])
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -111,8 +119,10 @@ def convert(src: Path, dst: Path) -> None:
     if identify(src).startswith("CLIP"):
         return write_folder(dst, *clip_layouts.to_hf(*read_clip(src)))
     tokenizer = tokenizer_path(src)
-    write_folder(dst, *llama_layouts.to_hf(*read_llama(src)))
-    shutil.copyfile(tokenizer, dst / "tokenizer.model")
+    config, tensors = llama_layouts.to_hf(*read_llama(src))
+    write_folder(dst, config | special_ids(tokenizer), tensors)
+    for file in tokenizer_files(tokenizer):
+        shutil.copyfile(file, dst / file.name)
 
 
 def show(path: Path) -> str:
@@ -130,8 +140,9 @@ def show(path: Path) -> str:
             except FileNotFoundError as e:
                 rows["tokenizer"] = f"none: {e}"
     dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
-    numbers = sum(t.nbytes // t.dtype.itemsize for t in tensors.values())
-    size = sum(t.nbytes for t in tensors.values()) / 1e6
+    tensors = set(tensors.values())  # tied embeddings are one tensor
+    numbers = sum(t.nbytes // t.dtype.itemsize for t in tensors)
+    size = sum(t.nbytes for t in tensors) / 1e6
     rows["parameters"] = f"{numbers:,} in {len(tensors)} tensors, {dtypes}, {size:,.1f} MB"
     return "\n".join(f"{key:<14} {value}" for key, value in rows.items())
 

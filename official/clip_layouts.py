@@ -25,6 +25,10 @@ MODEL = {
 BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
          "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
+ACTIVATIONS = "quick_gelu", "gelu"  # OpenAI's, LAION's
+VIT_B_32 = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12}  # what Hugging Face leaves out of the section of a full CLIP
+
 
 def hf_names(layers: int) -> dict[str, list[str]]:
     """{our name: Hugging Face's names, whose tensors are concatenated along their rows}"""
@@ -46,13 +50,16 @@ def read_hf(folder: Path) -> tuple[dict, Tensors]:
     cfg = read_config(folder / "config.json")
     if cfg.values.get("vision_config"):  # a full CLIP has one section for each encoder
         cfg = cfg.section("vision_config")
+        cfg.values = {**VIT_B_32, **cfg.values}
     image_size, layers = cfg.whole("image_size", most=2**13), cfg.whole("num_hidden_layers", most=1000)
     sizes = dict(
         image_size=image_size, patch_size=cfg.whole("patch_size", most=image_size),
         width=cfg.whole("hidden_size"), layers=layers, heads=cfg.whole("num_attention_heads"),
-        cls_every=cfg.whole("cls_every", min(4, layers), most=layers))  # LaVIN's own key
+        cls_every=cfg.whole("cls_every", min(4, layers), most=layers),  # LaVIN's own key
+        activation=cfg.value("hidden_act", ACTIVATIONS.__contains__, " or ".join(ACTIVATIONS), "quick_gelu"))
     cfg.multiple("hidden_size", "num_attention_heads")
-    cfg.expect({"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}, "the CLIP models by OpenAI")
+    cfg.expect({"intermediate_size": 4 * sizes["width"], "layer_norm_eps": 1e-5},
+               "the CLIP models of official/MODELS.md")
     found = {name.removeprefix("vision_model."): t for name, t in open_folder(folder).items()}
     ignored = r"^text_model\.|^(text|visual)_projection\.weight$|^logit_scale$|\.position_ids$"
     return sizes, take(folder, hf_names(sizes["layers"]), found, ignored)
@@ -64,7 +71,8 @@ def to_hf(sizes: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     The names have the prefix `vision_model.`, because old and new versions of transformers read them with it.
     """
     config = {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
+        "hidden_act": sizes.get("activation", "quick_gelu"),
         "hidden_size": sizes["width"], "intermediate_size": 4 * sizes["width"],
         "num_hidden_layers": sizes["layers"], "num_attention_heads": sizes["heads"],
         "image_size": sizes["image_size"], "patch_size": sizes["patch_size"], "layer_norm_eps": 1e-5}

@@ -5,7 +5,16 @@ from pathlib import Path
 from official.configs import read_json
 from official.mistakes import described
 
-MODELS = {"llama": "LLaMA", "clip": "CLIP", "clip_vision_model": "CLIP"}  # model_type in config.json -> model
+# model_type in config.json -> our model, or why we have none
+MODELS = {"llama": "LLaMA", "mistral": "LLaMA", "clip": "CLIP", "clip_vision_model": "CLIP"}
+REFUSED = {
+    "qwen2": "its q, k and v have biases", "qwen3": "it normalises q and k",
+    "phi3": "it stores q, k and v as one", "phi": "its blocks are parallel",
+    "gpt2": "it has learned positions and LayerNorm",
+    "gemma": "its embeddings are scaled and its norms shifted", "mixtral": "it is a mixture of experts",
+    "siglip": "it has no [cls] token", "siglip_vision_model": "it has no [cls] token",
+    "dinov2": "it scales its residuals", "vit": "it has another order of norms"}
+REFUSED |= {kind: REFUSED["gemma"] for kind in ("gemma2", "gemma3", "gemma3_text")}
 
 
 def identify(path: Path, wanted: str = "") -> str:
@@ -31,8 +40,9 @@ def find_layout(path: Path, wanted: str) -> str:
     if "config.json" in here and (hf or not meta):
         kind = read_json(path / "config.json").get("model_type")
         if not isinstance(kind, str) or kind not in MODELS:
-            raise ValueError(f"{path / 'config.json'}: model_type is {described(kind)}, "
-                             f"expected {' or '.join(MODELS)}")
+            why = f" ({REFUSED[kind]})" if isinstance(kind, str) and kind in REFUSED else ""
+            raise ValueError(f"{path / 'config.json'}: model_type is {described(kind)}{why}, expected "
+                             f"{' or '.join(MODELS)}; see official/MODELS.md")
         return f"{MODELS[kind]}, Hugging Face"
     if meta or hf:
         owner, config = ("Meta", "params.json") if meta else ("Hugging Face", "config.json")

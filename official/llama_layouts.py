@@ -13,9 +13,10 @@ from typing import Callable
 
 import torch
 
-from official.configs import read_config
+from official.configs import Config, read_config
 from official.mistakes import BadFile, complain
 from official.names import check_shapes, join, take
+from official.rope import read_scaling
 from official.tensorfiles import Lazy, Mapped, Tensors, open_folder, open_torch
 
 MODEL = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -25,9 +26,9 @@ BLOCK = {
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }
-ROTARY = re.compile(r"attention\.w[qk]\.weight$")  # the parameters whose rows are permuted
+ROTARY = re.compile(r"attention\.w([qk])\.weight$")  # the parameters whose rows are permuted
 COLUMNS = re.compile(r"wo|w2|tok_embeddings")  # Meta's shards split these by columns, other matrices by rows
-SUPPORTED = "LLaMA-1 and LLaMA-2 of 7B and 13B"
+SUPPORTED = "the models of official/MODELS.md"
 
 
 def hf_names(n_layers: int) -> dict[str, str]:
@@ -50,9 +51,17 @@ def pairs_to_halves(read: Callable[[], torch.Tensor], n_heads: int) -> torch.Ten
     return w.view(n_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
-def reorder(tensors: Tensors, how: Callable, n_heads: int) -> Tensors:
-    return {name: t._replace(read=partial(how, t, n_heads)) if ROTARY.search(name) else t
+def reorder(tensors: Tensors, how: Callable, sizes: dict) -> Tensors:
+    heads = {"q": sizes["n_heads"], "k": sizes["n_kv_heads"]}
+    return {name: t._replace(read=partial(how, t, heads[found[1]])) if (found := ROTARY.search(name)) else t
             for name, t in tensors.items()}
+
+
+def kv_heads(cfg: Config, heads: str, kv: str) -> int:
+    """The number of key/value heads. In grouped-query attention, several heads share one."""
+    if cfg.values.get(kv) is not None:
+        cfg.multiple(heads, kv)
+    return cfg.whole(kv, cfg.whole(heads))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -67,35 +76,44 @@ def read_hf(folder: Path) -> tuple[dict, Tensors]:
         n_heads=cfg.whole("num_attention_heads"), ffn_dim=cfg.whole("intermediate_size"),
         vocab_size=cfg.whole("vocab_size"), norm_eps=cfg.number("rms_norm_eps", most=1),
         rope_theta=cfg.number("rope_theta", rope.number("rope_theta", 10000.0)),
-        max_seq_len=cfg.whole("max_position_embeddings", 2048))
+        rope_scaling=read_scaling(cfg), max_seq_len=cfg.whole("max_position_embeddings", 2048))
+    if cfg.values.get("sliding_window") is not None:  # Mistral: up to its window, it is full attention
+        sizes["max_seq_len"] = min(sizes["max_seq_len"], cfg.whole("sliding_window"))
     cfg.multiple("hidden_size", "num_attention_heads", times=2)  # rotary pairs: the width of a head is even
-    cfg.expect({"num_key_value_heads": sizes["n_heads"], "head_dim": sizes["dim"] // sizes["n_heads"],
-                "hidden_act": "silu", "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
-                "tie_word_embeddings": False}, SUPPORTED)
-    rope.expect({"rope_type": "default"}, SUPPORTED)
+    sizes["n_kv_heads"] = kv_heads(cfg, "num_attention_heads", "num_key_value_heads")
+    cfg.expect({"head_dim": sizes["dim"] // sizes["n_heads"], "hidden_act": "silu",
+                "attention_bias": False, "mlp_bias": False}, SUPPORTED)
     found = open_folder(folder)
     if "tok_embeddings.weight" in found:
         raise BadFile(f"{folder}: the tensors have Meta's names, config.json is Hugging Face's; rename "
                       "the file to consolidated.00.pth and copy Meta's params.json into the folder")
     wanted = {ours: [theirs] for ours, theirs in hf_names(sizes["n_layers"]).items()}
-    tensors = take(folder, wanted, found, ignored=r"rotary_emb\.inv_freq$")
+    ignored = r"rotary_emb\.inv_freq$"
+    if cfg.flag("tie_word_embeddings", "lm_head.weight" not in found):  # one matrix under both of our names
+        wanted["output.weight"], ignored = wanted["tok_embeddings.weight"], rf"{ignored}|^lm_head\.weight$"
+    tensors = take(folder, wanted, found, ignored)
     check_dimensions(folder, tensors)
-    check_rotary(folder, tensors, sizes["dim"])
-    return sizes, reorder(tensors, halves_to_pairs, sizes["n_heads"])
+    check_rotary(folder, tensors, sizes)
+    return sizes, reorder(tensors, halves_to_pairs, sizes)
 
 
 def to_hf(sizes: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     """The way back: (values for config.json, tensors under Hugging Face's names)."""
+    names, tied = hf_names(sizes["n_layers"]), tensors["output.weight"] is tensors["tok_embeddings.weight"]
+    if tied:
+        del names["output.weight"]
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": sizes["dim"], "intermediate_size": sizes["ffn_dim"],
         "num_hidden_layers": sizes["n_layers"], "num_attention_heads": sizes["n_heads"],
-        "num_key_value_heads": sizes["n_heads"], "rms_norm_eps": sizes["norm_eps"],
+        "num_key_value_heads": sizes["n_kv_heads"], "rms_norm_eps": sizes["norm_eps"],
         "rope_theta": sizes["rope_theta"], "vocab_size": sizes["vocab_size"],
         "max_position_embeddings": sizes["max_seq_len"], "bos_token_id": 1, "eos_token_id": 2,
-        "tie_word_embeddings": False, "attention_bias": False}
-    tensors = reorder(tensors, pairs_to_halves, sizes["n_heads"])
-    return config, {theirs: tensors[ours] for ours, theirs in hf_names(sizes["n_layers"]).items()}
+        "tie_word_embeddings": tied, "attention_bias": False}
+    if sizes.get("rope_scaling"):
+        config["rope_scaling"] = {"rope_type": "llama3", **sizes["rope_scaling"]}
+    tensors = reorder(tensors, pairs_to_halves, sizes)
+    return config, {theirs: tensors[ours] for ours, theirs in names.items()}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -110,14 +128,16 @@ def read_meta(folder: Path) -> tuple[dict, Tensors]:
         rope_theta=params.number("rope_theta", 10000.0),
         max_seq_len=params.whole("max_seq_len", 2048))  # official files lack it; for LLaMA-2, add 4096
     params.multiple("dim", "n_heads", times=2)
-    params.expect({"n_kv_heads": sizes["n_heads"]}, SUPPORTED)
+    sizes["n_kv_heads"] = kv_heads(params, "n_heads", "n_kv_heads")
+    # from LLaMA-3.1 on: params.json says that the frequencies are scaled, but not by how much
+    params.expect({"use_scaled_rope": False}, "models before LLaMA-3.1, and later ones in the other layout,")
     names, shards = hf_names(sizes["n_layers"]), open_shards(folder, sizes["dim"])
     for path, shard in shards.items():
         take(path, {name: [name] for name in names}, shard, ignored=r"rope\.freqs$")
         check_dimensions(path, {name: shard[name] for name in names})
     tensors = {name: join_shards(folder, name, {path.name: shard[name] for path, shard in shards.items()})
                for name in names}
-    check_rotary(folder, tensors, sizes["dim"])
+    check_rotary(folder, tensors, sizes)
     # the tensors tell two sizes that params.json does not: vocab_size is -1 there, the FFN's width is absent
     sizes["ffn_dim"] = tensors["layers.0.feed_forward.w1.weight"].shape[0]
     sizes["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
@@ -129,10 +149,12 @@ def check_dimensions(path: Path, tensors: Tensors) -> None:
                  "vectors for norms and matrices for the rest")
 
 
-def check_rotary(path: Path, tensors: Tensors, dim: int) -> None:
+def check_rotary(path: Path, tensors: Tensors, sizes: dict) -> None:
     """The rows of other shapes could not be permuted."""
-    check_shapes(path, tensors, lambda name, shape: not ROTARY.search(name) or shape == (dim, dim),
-                 f"{[dim, dim]} for wq and wk")
+    dim, kv_dim = sizes["dim"], sizes["dim"] // sizes["n_heads"] * sizes["n_kv_heads"]
+    rows = {"q": dim, "k": kv_dim}
+    check_shapes(path, tensors, lambda name, shape: not (found := ROTARY.search(name)) or
+                 shape == (rows[found[1]], dim), f"{[dim, dim]} for wq and {[kv_dim, dim]} for wk")
 
 
 def open_shards(folder: Path, dim: int) -> dict[Path, Tensors]:

@@ -229,8 +229,8 @@ class HuggingFace:
                              "pip install transformers peft") from None
         config = transformers.LlamaConfig(
             hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads, vocab_size=c.vocab_size, rms_norm_eps=c.norm_eps, use_cache=False,
-            attn_implementation="sdpa")
+            num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size,
+            rms_norm_eps=c.norm_eps, use_cache=False, attn_implementation="sdpa")
         with torch.device(device):
             base = transformers.LlamaForCausalLM(config).to(dtype)
         lora = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -34,8 +34,8 @@ class Exported(nn.Module):
     def __init__(self, weights: Weights, H: int, eps: float):
         super().__init__()
         self.H, self.eps = H, eps
-        self.embeddings, self.norm, self.output = (
-            nn.Parameter(x, requires_grad=False) for x in (weights.embeddings, weights.norm, weights.output))
+        # the model's own parameters, not new ones: torch.export must see that tied embeddings are one
+        self.embeddings, self.norm, self.output = weights.embeddings, weights.norm, weights.output
         self.layers = nn.ModuleList(nn.Module() for _ in weights.layers)
         for module, layer in zip(self.layers, weights.layers):
             for name, x in layer._asdict().items():
@@ -69,7 +69,9 @@ class Program(FastStep):
     def run(self, weights, token, position, cache):
         if self.loaded is not weights:  # the first step, or a change of modality
             module = self.modules[self.model.folded_for]
-            parameters = dict(module.named_parameters())
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            wanted = self.program.get_constant_fqns()  # of tied embeddings, torch.export keeps one name
+            parameters = {name: parameters[name] for name in wanted}
             self.program.load_constants(parameters, check_full_update=True, user_managed=True)
             self.loaded = weights
         return self.program(token, position, self.rope[:cache.filled], cache.k, cache.v)
@@ -93,7 +95,7 @@ class Graph(FastStep):
             c, self.slots, device = self.cfg, slots, self.model.device
             kept = KVCache(c, 1, slots, device, cache.k[0].dtype)
             self.keys, self.values = kept.k, kept.v
-            self.rope = rope_real(slots, c.dim // c.n_heads, c.rope_theta, device)
+            self.rope = rope_real(slots, c, device)
             self.all_slots = torch.arange(slots, device=device)
             for x in (*self.keys, *self.values, self.rope):
                 torch._dynamo.mark_static_address(x)  # the graph uses it in place

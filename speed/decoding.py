@@ -80,7 +80,7 @@ def to_halves(w: torch.Tensor, H: int) -> torch.Tensor:
 
 def hugging_face_tensors(model: LaVIN) -> dict[str, torch.Tensor]:
     """The folded weights under Hugging Face's names. Only q and k are copies, with their rows reordered."""
-    llama, H = model.llama, model.llama.cfg.n_heads
+    llama, H, G = model.llama, model.llama.cfg.n_heads, model.llama.cfg.n_kv_heads
     modules = {"model.embed_tokens": llama.tok_embeddings, "model.norm": llama.norm, "lm_head": llama.output}
     tensors = {}
     for i, layer in enumerate(llama.layers):
@@ -91,7 +91,7 @@ def hugging_face_tensors(model: LaVIN) -> dict[str, torch.Tensor]:
         for kind in ("weight", "bias"):  # a folded adapter gives q, k and v a bias
             q, k, v = (getattr(linear, kind) for linear in (a.wq, a.wk, a.wv))
             tensors |= {f"{at}.self_attn.q_proj.{kind}": to_halves(q, H),
-                        f"{at}.self_attn.k_proj.{kind}": to_halves(k, H), f"{at}.self_attn.v_proj.{kind}": v}
+                        f"{at}.self_attn.k_proj.{kind}": to_halves(k, G), f"{at}.self_attn.v_proj.{kind}": v}
         # Hugging Face has one switch for the biases of q, k, v and o
         tensors[f"{at}.self_attn.o_proj.bias"] = torch.zeros_like(llama.norm.weight)
     return tensors | {f"{name}.weight": module.weight for name, module in modules.items()}
@@ -106,9 +106,9 @@ def hugging_face_model(model: LaVIN) -> nn.Module:
     c = model.llama.cfg
     config = transformers.LlamaConfig(
         hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, vocab_size=c.vocab_size, rms_norm_eps=c.norm_eps,
-        max_position_embeddings=c.max_seq_len, rope_theta=c.rope_theta, attention_bias=True,
-        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None, pad_token_id=0)
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size,
+        rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_seq_len, rope_theta=c.rope_theta,
+        attention_bias=True, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None, pad_token_id=0)
     with torch.device("meta"):
         hf = transformers.LlamaForCausalLM(config).eval()
     hf.model.rotary_emb = type(hf.model.rotary_emb)(config).to(model.device)  # its buffer is not a weight

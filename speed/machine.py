@@ -40,8 +40,10 @@ def bandwidth(device: torch.device, tries: int = 10) -> tuple[float, float]:
 
 def bytes_per_token(llama: LLaMA, slots: float) -> float:
     """Bytes that a decoding step reads for one row: all weights but the embeddings, and the cache in use."""
-    weights = sum(p.nbytes for n, p in llama.named_parameters() if not n.startswith("tok_embeddings"))
-    return weights + 2 * slots * llama.cfg.n_layers * llama.cfg.dim * llama.norm.weight.itemsize
+    named = llama.named_parameters(remove_duplicate=False)  # tied embeddings are read as the output matrix
+    weights = sum(p.nbytes for n, p in named if not n.startswith("tok_embeddings"))
+    c = llama.cfg
+    return weights + 2 * slots * c.n_layers * c.n_kv_heads * c.dim // c.n_heads * llama.norm.weight.itemsize
 
 
 class Meter:

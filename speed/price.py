@@ -1,6 +1,7 @@
 """Predict what a training run needs: FLOPs, memory, hours. Tests and bench.py compare this with measurements.
 
     python train.py --dry_run --llama 13B --clip ViT-L/14 --recipe paper     print it; needs no weights
+    python -m speed.price                              print the computed columns of official/MODELS.md
 
 Shapes: d LLaMA's width, L its layers; C and t the ViT's width and tokens; r adapter width; T tokens of a
 micro-batch. All sequences of a micro-batch are packed end to end.
@@ -11,9 +12,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-import clip
 import data
-import llama
 import prompts
 import weights
 from adapters import AdapterConfig, trainable
@@ -21,6 +20,7 @@ from clip import CLIPConfig, VisionTransformer
 from lavin import LOSS_ROWS, LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 from official.tokenizer import Tokenizer
+from speed.shapes import LLAMAS, TIED, VITS
 
 PROBLEMS, EPOCHS = 12_726, 20  # the paper's recipe: ScienceQA's train split, 20 times
 
@@ -103,7 +103,8 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
     """
     c, r = model.llama.cfg, model.cfg.adapter.dim
     d, L = c.dim, c.n_layers
-    block = 4 * d * d + 3 * d * c.ffn_dim  # weights of a block's seven matrices
+    d_kv = d * c.n_kv_heads // c.n_heads  # width of all key heads together; d without grouped queries
+    block = 2 * d * (d + d_kv) + 3 * d * c.ffn_dim  # weights of a block's seven matrices
     mm = model.cfg.adapter.kind == "mm"
     phi_d, phi_u = r, 2 * r if mm else r  # multiply-adds per token, divided by d; an MM-Adapter has two phi_u
     lines = {
@@ -117,7 +118,7 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         # forward, recomputed forward, gradients of input and weights. Without an image nothing before the
         # first adapter trains, so its input needs no gradient.
         "adapters": d * load.tokens * (L * 8 * (phi_d + phi_u) - 2 * phi_d * (not load.pictures)),
-        "modality tokens": modality_token_flops(d, L, block, phi_d + phi_u) * load.forwards if mm else 0,
+        "modality tokens": mm and modality_token_flops(d, d_kv, L, block, phi_d + phi_u) * load.forwards,
     }
     if checkpoint:  # forward of each block again, up to the input of its last matrix, w2 [d, ffn_dim]
         lines["recomputed blocks"] = 2 * L * (block - d * c.ffn_dim + d * (phi_d + phi_u)) * load.tokens + \
@@ -128,11 +129,11 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
     return lines
 
 
-def modality_token_flops(d: int, L: int, block: int, phi: int) -> int:
+def modality_token_flops(d: int, d_kv: int, L: int, block: int, phi: int) -> int:
     """Both modality tokens, once per forward pass. Nothing after the last router needs a gradient."""
     routers = 3 * L * 2 * d  # a router is a [d, 2] matrix: forward, gradients of input and weights
     adapters = (3 * L - 2) * phi * d
-    frozen = (2 * L - 1) * (block - 2 * d * d)  # a token that sees only itself needs neither q nor k
+    frozen = (2 * L - 1) * (block - d * (d + d_kv))  # a token that sees only itself needs neither q nor k
     return 2 * 2 * (routers + adapters + frozen)
 
 
@@ -164,9 +165,10 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     """Bytes in use at the peak of one micro-batch, by line. The model may be on the meta device."""
     c, e, T = model.llama.cfg, dtype.itemsize, load.tokens
     n_trained = sum(p.numel() for p in trainable(model).values())
-    # A block keeps x, q, k, v, the attention's output and x after the attention (d values each), gate and up
-    # (ffn_dim each), and the attention's log-sums in fp32. See llama.py for what it recomputes.
-    block = T * (e * (6 * c.dim + 2 * c.ffn_dim) + 4 * c.n_heads)
+    # A block keeps x, q, the attention's output and x after the attention (d values each), k and v (d_kv
+    # each), gate and up (ffn_dim each), and the attention's log-sums in fp32. See llama.py for the rest.
+    d_kv = c.dim * c.n_kv_heads // c.n_heads
+    block = T * (e * (4 * c.dim + 2 * d_kv + 2 * c.ffn_dim) + 4 * c.n_heads)
     # The loss keeps the input of the last norm in fp32, and the gradient of the hidden states at targets.
     loss = T * 4 * c.dim + load.targets * e * c.dim
     # Two peaks come on top of what is kept. In the loss, a chunk of logits exists three times in fp32:
@@ -193,6 +195,16 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     return lines
 
 
+def answering(model: LaVIN, dtype: torch.dtype, slots: int) -> dict[str, float]:
+    """Bytes in use while one row of `slots` tokens is answered, by line. LLaMA's adapters are folded."""
+    c, e, D = model.llama.cfg, dtype.itemsize, model.llama.cfg.dim // model.llama.cfg.n_heads
+    kept = {name: p for name, p in trainable(model).items() if not name.startswith("llama.")}
+    frozen = sum(p.numel() for name, p in model.named_parameters() if "adapter_" not in name)
+    return {"frozen weights": e * frozen, "adapters": 4 * sum(p.numel() for p in kept.values()),
+            "cache": 2 * e * c.n_layers * c.n_kv_heads * D * slots,
+            "rotary table": 4 * 2 * D * c.max_seq_len}  # of FastStep, for the whole context
+
+
 # ---------------------------------------------------------------------------------------------------
 # train.py --dry_run
 
@@ -200,23 +212,32 @@ A100 = 312e12  # bf16 FLOP/s in its data sheet
 ASSUMED_UTILISATION = 0.7
 
 
-def sizes(name: str, presets: dict, config: type, read: Callable):
-    """The config of a preset, or of a folder of weights. Reads the shapes of the tensors, not the tensors."""
+def sizes(name: str, presets: dict, config: type, read: Callable) -> tuple:
+    """The config of a preset, or of a folder of weights, with its tensors. No tensor is read."""
     if name in presets:
-        return presets[name]
+        return presets[name], {}
     if not Path(name).exists():
         raise ValueError(f"{name}: neither a folder of weights nor one of {', '.join(presets)}")
-    return config(**read(name)[0])
+    found, tensors = read(name)
+    return config(**found), tensors
+
+
+def on_meta(c: LLaMAConfig, tied: bool, v: CLIPConfig | None, cfg: LaVINConfig) -> LaVIN:
+    """The model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        language = LLaMA(c)
+        if tied:
+            language.output.weight = language.tok_embeddings.weight
+        return LaVIN(language, VisionTransformer(v) if v else None, cfg)
 
 
 def build(cfg) -> LaVIN:
     """The model that train.py would build from its flags, on the meta device."""
-    c = sizes(cfg.llama, llama.PRESETS, LLaMAConfig, weights.read_llama)
-    v = sizes(cfg.clip, clip.PRESETS, CLIPConfig, weights.read_clip) if cfg.vision else None
+    c, tensors = sizes(cfg.llama, LLAMAS, LLaMAConfig, weights.read_llama)
+    v, _ = sizes(cfg.clip, VITS, CLIPConfig, weights.read_clip) if cfg.vision else (None, {})
+    tied = tensors["output.weight"] is tensors["tok_embeddings.weight"] if tensors else cfg.llama in TIED
     adapter = AdapterConfig(cfg.adapter, cfg.adapter_dim)
-    with torch.device("meta"):
-        vit = VisionTransformer(v) if v else None
-        return LaVIN(LLaMA(c), vit, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters))
+    return on_meta(c, tied, v, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters))
 
 
 def problems_of(cfg, model: LaVIN) -> tuple[list[Kind], str]:
@@ -259,8 +280,29 @@ def quote(cfg) -> str:
         f"memory of one GPU, base in {str(dtype).removeprefix('torch.')}, "
         f"micro-batch {cfg.micro_batch} x {longest.length} tokens",
         *table({**peak, "peak": sum(peak.values())}, {"GB": 1e9, "MB": 1e6}),
+        f"memory to answer, one row of {longest.length} tokens",
+        *table({"peak of answering": sum(answering(model, dtype, longest.length).values())}, {"GB": 1e9, "MB": 1e6}),
         f"work, {cfg.epochs:g} x {len(problems):,} problems as in {source}, "
         f"{load.tokens / len(problems):.0f} tokens each on average",
         *table({**work, "all": sum(work.values())}, {"PFLOP": 1e15, "TFLOP": 1e12}),
         f"time at {ASSUMED_UTILISATION:.0%} of an A100's {A100 / 1e12:.0f} TFLOP/s: stated, not measured",
         *table(times, {"h": 3600, "min": 60, "s": 1})])
+
+
+def row(name: str) -> str:
+    """A model with ViT-L/14: LLaMA's parameters, those that train, GB to train (also checkpointed), to answer.
+
+    bf16; 4 samples of 512 tokens in training, 512 tokens of question and answer.
+    """
+    model = on_meta(LLAMAS[name], name in TIED, VITS["ViT-L/14"], LaVINConfig())
+    n_trained = sum(p.numel() for n, p in model.named_parameters() if "adapter_" in n)
+    n = sum(p.numel() for n, p in model.llama.named_parameters() if "adapter_" not in n)
+    load = Load.of([Kind(512, 0, True)] * 4)
+    train, saving = (sum(memory(model, torch.bfloat16, load, checkpoint).values())
+                     for checkpoint in (False, True))
+    answer = sum(answering(model, torch.bfloat16, 512).values())
+    return f"| {name} | {n:,} | {n_trained:,} | {train / 1e9:.1f} / {saving / 1e9:.1f} | {answer / 1e9:.1f} |"
+
+
+if __name__ == "__main__":
+    print(*map(row, [name for name in LLAMAS if name != "tiny"]), sep="\n")

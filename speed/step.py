@@ -5,7 +5,7 @@ of its time goes into calling many small operations and into matrix-vector produ
 slowly. Here q, k and v come from one product, and `matvec` reads a matrix the fast way. A test checks that
 both give the same logits.
 
-Shapes: C width, H heads, D = C / H, S slots of the cache in use, V vocabulary.
+Shapes: C width, H heads, G key/value heads, D = C / H, S slots of the cache in use, V vocabulary.
 """
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lavin import LaVIN
-from llama import KVCache, rope_table
+from llama import KVCache, LLaMAConfig, rope_table
 
 
 @cache
@@ -46,7 +46,7 @@ def matvec(W: torch.Tensor, x: torch.Tensor, b: torch.Tensor | None = None) -> t
 class Layer(NamedTuple):
     """The tensors of one block, with its adapter folded in."""
     attention_norm: torch.Tensor
-    wqkv: torch.Tensor  # [3 C, C]
+    wqkv: torch.Tensor  # [C + 2 G D, C]
     bqkv: torch.Tensor
     wo: torch.Tensor
     ffn_norm: torch.Tensor
@@ -71,12 +71,12 @@ class Weights(NamedTuple):
         return cls(llama.tok_embeddings.weight, layers, llama.norm.weight, llama.output.weight)
 
 
-def rope_real(n: int, D: int, theta: float, device) -> torch.Tensor:
+def rope_real(n: int, cfg: LLaMAConfig, device) -> torch.Tensor:
     """[n, 2, D/2, 2]: (cos, cos) and (-sin, sin) of every position and pair, without complex numbers.
 
     torch's compilers cannot handle complex numbers.
     """
-    rope = rope_table(torch.arange(n, device=device), D, theta)[:, 0]  # [n, D/2]
+    rope = rope_table(torch.arange(n, device=device), cfg)[:, 0]  # [n, D/2]
     cos = torch.stack([rope.real, rope.real], -1)  # [n, D/2, 2]
     sin = torch.stack([-rope.imag, rope.imag], -1)
     return torch.stack([cos, sin], dim=1)
@@ -93,12 +93,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """q [1, H, 1, D], k and v [1, H, S, D] -> [1, C]"""
+    """q [1, H, 1, D], k and v [1, G, S, D] -> [1, C]"""
     if torch.compiler.is_compiling() and mask is None:  # written out, so the compiler can fuse it
-        p = (q.float() * q.shape[-1] ** -0.5 * k).sum(-1).softmax(-1)  # [1, H, S]
-        y = (p[..., None] * v).sum(-2).type_as(v)  # [1, H, D]
+        q = q.view(k.shape[1], -1, 1, q.shape[-1])  # [G, H / G, 1, D]: the heads of a group are neighbours
+        p = (q.float() * q.shape[-1] ** -0.5 * k[0, :, None]).sum(-1).softmax(-1)  # [G, H / G, S]
+        y = (p[..., None] * v[0, :, None]).sum(-2).type_as(v)  # [G, H / G, D]
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < q.shape[1])
     return y.reshape(1, -1)
 
 
@@ -107,18 +108,18 @@ def one_token(weights: Weights, H: int, eps: float, token, position, rope, keys,
     """Logits [1, V] after `token` [1] at `position` [1].
 
     rope          `rope_real` of the S slots that are read
-    keys, values  one [1, H, slots, D] per layer; the new token is written at `position`
+    keys, values  one [1, G, slots, D] per layer; the new token is written at `position`
     mask          [1, S], which slots the token sees; None: all S
     """
-    S, rope = rope.shape[0], rope[position][0]
+    S, G, rope = rope.shape[0], keys[0].shape[1], rope[position][0]
     x = weights.embeddings[token]  # [1, C]
     for layer, k, v in zip(weights.layers, keys, values):
         z = rms_norm(x, layer.attention_norm, eps)
-        qkv = matvec(layer.wqkv, z, layer.bqkv).view(3, H, -1)  # [3, H, D]
-        q, k_new = rotate(qkv[:2], rope)[:, None, :, None]  # [1, H, 1, D] each
-        k.index_copy_(2, position, k_new)
-        v.index_copy_(2, position, qkv[2][None, :, None])
-        x = x + matvec(layer.wo, attention(q, k[:, :, :S], v[:, :, :S], mask))
+        qkv = matvec(layer.wqkv, z, layer.bqkv).view(1, H + 2 * G, 1, -1)  # [1, H + 2 G, 1, D]
+        qk = rotate(qkv[:, :H + G], rope)
+        k.index_copy_(2, position, qk[:, H:])
+        v.index_copy_(2, position, qkv[:, H + G:])
+        x = x + matvec(layer.wo, attention(qk[:, :H], k[:, :, :S], v[:, :, :S], mask))
         z = rms_norm(x, layer.ffn_norm, eps)
         x = x + matvec(layer.w2, F.silu(matvec(layer.w1, z)) * matvec(layer.w3, z))
     return matvec(weights.output, rms_norm(x, weights.norm, eps)).float()
@@ -132,7 +133,7 @@ class FastStep:
         c = model.llama.cfg
         self.model, self.cfg = model, c
         self.weights = {modality: Weights.of(model, modality) for modality in model.folded}
-        self.rope = rope_real(c.max_seq_len, c.dim // c.n_heads, c.rope_theta, model.device)
+        self.rope = rope_real(c.max_seq_len, c, model.device)
 
     def __call__(self, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
         if len(token) > 1:

@@ -1,6 +1,7 @@
 """What several test files share: small random models in float32, batches for them, and helpers."""
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +33,18 @@ def randomize(model: torch.nn.Module, std: float = 0.3) -> None:
             p.add_(torch.randn_like(p) * std / max(1, p.shape[-1]) ** 0.5)
 
 
-def make_lavin(seed: int = 0, trained: bool = True, **cfg) -> LaVIN:
-    """a random LaVIN; `trained`: its adapters are not the identity"""
+GROUPED = replace(LLAMA, n_kv_heads=2)
+
+
+def make_lavin(seed: int = 0, trained: bool = True, base: LLaMAConfig = LLAMA, tied: bool = False,
+               **cfg) -> LaVIN:
+    """a random LaVIN; `trained`: its adapters are not the identity; `tied`: one matrix of embeddings"""
     torch.manual_seed(seed)
     adapter = AdapterConfig(**{k: cfg.pop(k) for k in ("kind", "dim", "scale", "tau", "dropout") if k in cfg})
-    llama, vit = LLaMA(LLAMA), VisionTransformer(CLIP)
+    llama, vit = LLaMA(base), VisionTransformer(CLIP)
     randomize(llama), randomize(vit)
+    if tied:
+        llama.output.weight = llama.tok_embeddings.weight
     model = LaVIN(llama, vit, LaVINConfig(adapter, **cfg))
     if trained:
         with torch.no_grad():

@@ -27,6 +27,7 @@ from official import clip_layouts, llama_layouts
 from official.adapter_files import write_adapters
 from official.tensorfiles import Lazy, Tensors, write_folder
 from official.tokenizer import Tokenizer
+from speed.shapes import LLAMAS, VITS
 
 
 def random_tensor(seed: int, shape: torch.Size) -> torch.Tensor:
@@ -43,8 +44,8 @@ def random_tensors(model: torch.nn.Module) -> Tensors:
 def make(folder: Path, llm: str, vit: str, tokenizer: Path, shard: int) -> None:
     vocab_size = Tokenizer(tokenizer).vocab_size
     with torch.device("meta"):  # names and shapes only
-        language = llama.LLaMA(dataclasses.replace(llama.PRESETS[llm], vocab_size=vocab_size))
-        vision = clip.VisionTransformer(clip.PRESETS[vit])
+        language = llama.LLaMA(dataclasses.replace(LLAMAS[llm], vocab_size=vocab_size))
+        vision = clip.VisionTransformer(VITS[vit])
     towers = (language, llama_layouts.to_hf, "llama"), (vision, clip_layouts.to_hf, "clip")
     for model, to_hf, name in towers:
         config_and_tensors = to_hf(dataclasses.asdict(model.cfg), random_tensors(model))
@@ -67,9 +68,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True,
                         help="a tokenizer.model; it sets the vocabulary size")
-    parser.add_argument("--llm", default="7B", help=f"one of {', '.join(llama.PRESETS)} (default: 7B)")
+    parser.add_argument("--llm", default="7B", help=f"one of {', '.join(LLAMAS)} (default: 7B)")
     parser.add_argument("--vit", default="ViT-L/14",
-                        help=f"one of {', '.join(clip.PRESETS)} (default: ViT-L/14)")
+                        help=f"one of {', '.join(VITS)} (default: ViT-L/14)")
     parser.add_argument("--shard", type=int, default=5 * 10**9, help="bytes of a shard (default: 5 GB)")
     args = parser.parse_args()
     make(args.folder, args.llm, args.vit, args.tokenizer, args.shard)

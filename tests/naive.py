@@ -90,6 +90,8 @@ def llama(z, p, cfg, acfg=None, token=False):
             routing.append(route(x[0], a, acfg.tau))
             x = mm_adapter(x, routing[-1], a, acfg.scale)
         q, k, v = (x @ lp[f"attention.w{c}.weight"].T for c in "qkv")
+        served = cfg.n_heads // cfg.n_kv_heads  # heads that read the same keys and values
+        k, v = (x.reshape(T, -1, D).repeat(served, axis=1).reshape(T, -1) for x in (k, v))
         for h in range(cfg.n_heads):
             cols = slice(h * D, (h + 1) * D)
             q[:, cols], k[:, cols] = rotary(q[:, cols], cfg.rope_theta), rotary(k[:, cols], cfg.rope_theta)

@@ -1,7 +1,7 @@
 """price.py predicts what torch counts and measures, and bench.py runs. No test asserts a time."""
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,22 +16,23 @@ from adapters import AdapterConfig, trainable
 from clip import VisionTransformer
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
-from official import adapter_files
+from official import adapter_files, llama_layouts, tensorfiles
 from official.tokenizer import Tokenizer
 from speed import bench, machine, price
 from speed.bench import Ours
 from speed.price import Kind, Load
+from speed.shapes import LLAMAS
 from tiny import world
 
 CPU = torch.device("cpu")
 PROBLEMS = [Kind(300, 80, True), Kind(280, 90, False), Kind(400, 70, True), Kind(200, 60, False)]
 
 
-def tiny(dtype=torch.float32, checkpoint: bool = False, **cfg) -> Ours:
+def tiny(dtype=torch.float32, checkpoint: bool = False, n_kv_heads: int | None = None, **cfg) -> Ours:
     c, v = bench.PRESETS["tiny"]
     with torch.device("meta"):
         vit = VisionTransformer(v) if cfg.get("vision", True) else None
-        model = LaVIN(LLaMA(replace(c, n_layers=3)), vit, LaVINConfig(**cfg))
+        model = LaVIN(LLaMA(replace(c, n_layers=3, n_kv_heads=n_kv_heads)), vit, LaVINConfig(**cfg))
     bench.materialise(model, CPU, dtype)
     model.llama.recompute_blocks = checkpoint
     return Ours(bench.Config(), model)
@@ -71,7 +72,7 @@ def test_eight_ranks_carry_nearly_equal_loads():
 # FLOPs
 
 @pytest.mark.parametrize("choice", [{}, {"vit_adapters": False}, {"vision": False}, {"checkpoint": True},
-                                    {"adapter": AdapterConfig("rep")}],
+                                    {"n_kv_heads": 2}, {"adapter": AdapterConfig("rep")}],
                          ids=lambda choice: "-".join(choice) or "whole")
 def test_flop_formula_equals_torchs_counter(choice):
     """The formula covers recomputed products, the routers, the neck, and attention as the counter sees it."""
@@ -104,10 +105,10 @@ def test_a_7b_block_saves_at_most_95_kb_per_token():
     assert 93_000 < bench.block_bytes(llama.PRESETS["7B"], torch.bfloat16, CPU, lengths=(200, 56)) <= 95_000
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint,n_kv_heads", [(False, None), (True, None), (False, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_predicted_memory_equals_measured_memory(dtype, checkpoint):
-    ours = tiny(dtype, checkpoint)
+def test_predicted_memory_equals_measured_memory(dtype, checkpoint, n_kv_heads):
+    ours = tiny(dtype, checkpoint, n_kv_heads)
     batch = ours.batch(PROBLEMS)
     ours.step([batch])
     lines = price.memory(ours.model, dtype, Load.of(PROBLEMS), checkpoint)
@@ -243,3 +244,33 @@ def test_dry_run_prices_a_folder_on_its_own_data(run, tmp_path):
     out, _ = run(train.main, "--dry_run", "--llama", ROOT / "tiny/llama", "--clip", ROOT / "tiny/clip",
                  "--data", tmp_path)
     assert "58,980 train" in out and f"1 x 12 problems as in {tmp_path}" in out
+
+
+def test_dry_run_knows_models_by_name_and_counts_tied_embeddings_once(run, tmp_path):
+    flags = "--dry_run", "--recipe", "paper", "--no-vision"
+    out, _ = run(train.main, *flags, "--llama", "Llama-3.2-1B")
+    n_trained = 16 * 40_970 + 2 * 2048  # adapters of 16 layers, modality embedding
+    assert f"{1_235_814_400 + n_trained:,} parameters, of which {n_trained:,} train" in out
+    assert "peak of answering" in out
+    # a folder with tied embeddings
+    model = LLaMA(replace(bench.PRESETS["tiny"][0], n_kv_heads=2))
+    tensors = {n: tensorfiles.Lazy(tuple(p.shape), p.dtype, lambda p=p: p.detach())
+               for n, p in model.named_parameters()}
+    tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    tensorfiles.write_folder(tmp_path, *llama_layouts.to_hf(asdict(model.cfg), tensors))
+    out, _ = run(train.main, *flags, "--llama", tmp_path)
+    n = sum(p.numel() for p in model.parameters()) - model.output.weight.numel()
+    assert f"{n + 4 * 2_570 + 2 * 128:,} parameters" in out
+    with pytest.raises(SystemExit, match="neither a folder of weights nor one of 7B, 13B, tiny, SmolLM2-135M"):
+        run(train.main, "--dry_run", "--llama", "Llama-9")
+
+
+def test_models_md_has_the_computed_columns():
+    """`python -m speed.price` prints them. The parameters are those that the authors of the models publish."""
+    text = (ROOT / "official" / "MODELS.md").read_text()
+    for name in LLAMAS:
+        assert name == "tiny" or f"\n{price.row(name)} " in text, name
+    published = {"TinyLlama-1.1B": 1_100_048_384, "Llama-3.2-1B": 1_235_814_400, "Llama-3.1-8B": 8_030_261_248,
+                 "Mistral-7B-v0.1": 7_241_732_096, "SmolLM2-135M": 134_515_008, "OpenLLaMA-3B": 3_426_473_600}
+    for name, n in published.items():
+        assert f"| {name} | {n:,} |" in text

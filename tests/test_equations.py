@@ -5,7 +5,19 @@ import naive
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP, LLAMA, N_CLS, ROOT, ROWS, all_logits, close, ids_of, make_batch, make_lavin
+from conftest import (
+    CLIP,
+    GROUPED,
+    LLAMA,
+    N_CLS,
+    ROOT,
+    ROWS,
+    all_logits,
+    close,
+    ids_of,
+    make_batch,
+    make_lavin,
+)
 
 from adapters import AdapterConfig, MMAdapter, RepAdapter, trainable
 
@@ -67,15 +79,15 @@ def naive_logits(model, batch):
     p, images, out = naive.params(model), iter(batch.images.double().numpy()), []
     for row in ROWS:
         z = naive.sequence(ids_of(row), next(images) if row[2] else None, 2, p, model.cfg, CLIP)
-        h, routing = naive.llama(z, naive.sub(p, "llama."), LLAMA, model.cfg.adapter, token=True)
+        h, routing = naive.llama(z, naive.sub(p, "llama."), model.llama.cfg, model.cfg.adapter, token=True)
         out.append((h[1:] @ p["llama.output.weight"].T, np.stack(routing)))
     return out
 
 
-@pytest.mark.parametrize("routing", ["cls", "token"])
-def test_eq7_eq8_logits_with_the_modality_token_in_the_sequence(routing):
+@pytest.mark.parametrize("routing,base", [("cls", LLAMA), ("token", LLAMA), ("cls", GROUPED)])
+def test_eq7_eq8_logits_with_the_modality_token_in_the_sequence(routing, base):
     """Running the modality token separately and packing samples end to end leave the logits unchanged."""
-    model, batch = make_lavin(vit_routing=routing, tau=3.0, scale=0.8), make_batch(ROWS)
+    model, batch = make_lavin(base=base, vit_routing=routing, tau=3.0, scale=0.8), make_batch(ROWS)
     with torch.no_grad():
         w = model.routing_weights()
         logits = all_logits(model, batch)

@@ -299,16 +299,20 @@ def test_the_wrong_folder(tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(num_key_value_heads=2), "num_key_value_heads is 2, expected 4"),
-    (dict(rope_scaling={"factor": 8.0, "rope_type": "llama3"}), "rope_scaling is a dict"),
+    (dict(rope_scaling={"factor": 8.0, "type": "dynamic"}), "rope_scaling.rope_type is 'dynamic', expected"),
     (dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear"}),
-     "rope_parameters.rope_type is 'linear'"),
+     "rope_parameters.rope_type is 'linear', expected default or llama3"),
     (dict(attention_bias=True), "attention_bias is True"),
-    (dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"), (dict(head_dim=16), "head_dim is 16, expected 8"),
-    (dict(model_type="mistral"), "model_type is 'mistral', expected llama or clip"),
+    (dict(model_type="qwen2"), "model_type is 'qwen2' (its q, k and v have biases), expected llama"),
+    (dict(model_type="gemma2"), "model_type is 'gemma2' (its embeddings are scaled"),
+    (dict(model_type="gpt2"), "model_type is 'gpt2' (it has learned positions"),
+    (dict(model_type="phi3"), "model_type is 'phi3' (it stores q, k and v as one)"),
+    (dict(model_type="siglip"), "model_type is 'siglip' (it has no [cls] token)"),
+    (dict(model_type="dinov2"), "model_type is 'dinov2' (it scales its residuals)"),
+    (dict(model_type="bert"), "model_type is 'bert', expected llama or mistral or clip"),
 ])
-def test_models_that_are_not_llama_1_or_2(tmp_path, change, message):
+def test_models_that_are_refused_by_name(tmp_path, change, message):
     folder = write_hf(tmp_path / "hf", make_llama())
     edit_json(folder / "config.json", **change)
     llama_fails(folder, "config.json", message)
@@ -316,14 +320,18 @@ def test_models_that_are_not_llama_1_or_2(tmp_path, change, message):
 
 def test_other_broken_configurations(tmp_path):
     folder = write_hf(tmp_path / "clip", make_vit())
-    edit_json(folder / "config.json", hidden_act="gelu")
-    vit_fails(folder, "hidden_act is 'gelu', expected 'quick_gelu'", "OpenAI")
+    edit_json(folder / "config.json", hidden_act="gelu_new")
+    vit_fails(folder, "hidden_act is 'gelu_new', expected quick_gelu or gelu")
+    edit_json(folder / "config.json", hidden_act="gelu", intermediate_size=100)
+    vit_fails(folder, "intermediate_size is 100, expected 256", "official/MODELS.md")
     (folder / "config.json").write_text('{"model_type": "clip"')
     vit_fails(folder, "config.json: not valid JSON")
     (folder / "config.json").write_text('{"model_type": "clip"}')
     vit_fails(folder, "config.json: image_size is missing")
-    folder = write_meta(tmp_path / "meta", make_llama(), n_kv_heads=2)
-    llama_fails(folder, "params.json: n_kv_heads is 2")
+    folder = write_meta(tmp_path / "meta", make_llama(), n_kv_heads=3)
+    llama_fails(folder, "params.json: n_heads is 4, expected a multiple of 3, for 3 n_kv_heads")
+    folder = write_meta(tmp_path / "meta 3.1", make_llama(), use_scaled_rope=True)
+    llama_fails(folder, "params.json: use_scaled_rope is True, expected False", "in the other layout")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -425,6 +433,17 @@ def test_wrong_sizes_in_a_clip_config(tmp_path, key):
 
 
 @pytest.mark.parametrize("change,message", [
+    (dict(num_key_value_heads=3), "num_attention_heads is 4, expected a multiple of 3, for 3 num_key_value"),
+    (dict(num_key_value_heads=8), "num_attention_heads is 4, expected a multiple of 8"),
+    (dict(num_key_value_heads="4"), "num_key_value_heads is '4', expected a whole number"),
+    (dict(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes', expected true or false"),
+    (dict(rope_scaling="llama3"), "rope_scaling is 'llama3', expected an object"),
+    (dict(rope_scaling={"rope_type": 3}), "rope_scaling.rope_type is 3, expected text"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling.low_freq_factor is missing"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 0}), "rope_scaling.factor is 0, expected a number"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 8192}), "high_freq_factor is 4.0, expected more"),
+    (dict(sliding_window=-1), "sliding_window is -1, expected a whole number"),
     (dict(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6', expected a number above 0, at most 1"),
     (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
     (dict(rms_norm_eps=-1e-6), "rms_norm_eps is -1e-06"),
@@ -877,7 +896,8 @@ def test_tokenizer_of_a_folder(tmp_path):
     assert Tokenizer(tmp_path / "7B", tokenizer.vocab_size).encode("a b") == tokenizer.encode("a b")
     fails(lambda: Tokenizer(tmp_path / "7B", 32000),
           f"tokenizer.model: {tokenizer.vocab_size} pieces, but the LLaMA has 32000 embeddings",
-          "the tokenizer.model that came with this LLaMA")
+          "the tokenizer that came with this LLaMA")
+    fails(lambda: Tokenizer(tmp_path / "7B", 1095), "1096 pieces, but the LLaMA has 1095 embeddings")
 
 
 @needs_real

@@ -21,7 +21,8 @@ def write_meta(folder: Path, model, shards: int = 1, **params) -> Path:
     folder.mkdir(parents=True)
     c = model.cfg
     (folder / "params.json").write_text(json.dumps({
-        "dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "multiple_of": 16, "norm_eps": c.norm_eps,
+        "dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
+        "multiple_of": 16, "norm_eps": c.norm_eps,
         "vocab_size": -1, "rope_theta": c.rope_theta, "max_seq_len": c.max_seq_len, **params}))
     for i in range(shards):
         state = {"rope.freqs": torch.ones(c.dim // c.n_heads // 2)}
