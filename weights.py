@@ -17,18 +17,18 @@ memory of the model and of about one tensor more.
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
+import cli  # isort: skip  # before torch: Ctrl-C during its import ends in one line
 import torch
 import torch.nn as nn
 
-import cli
 from official import adapter_files, clip_layouts, llama_layouts, released
 from official.configs import check_metadata
 from official.layouts import identify
 from official.mistakes import complain
+from official.saving import write_atomically
 from official.tensorfiles import Tensors, write_folder
 from official.tokenizer import tokenizer_path
 
@@ -112,7 +112,7 @@ def convert(src: Path, dst: Path) -> None:
         return write_folder(dst, *clip_layouts.to_hf(*read_clip(src)))
     tokenizer = tokenizer_path(src)
     write_folder(dst, *llama_layouts.to_hf(*read_llama(src)))
-    shutil.copyfile(tokenizer, dst / "tokenizer.model")
+    write_atomically(dst / "tokenizer.model", tokenizer.read_bytes())
 
 
 def show(path: Path) -> str:

@@ -58,7 +58,7 @@ def help_of(capsys, **kw) -> str:
 @pytest.mark.parametrize("name, values", [
     ("epochs", "0 0.5 1e9"), ("dropout", "0 0.999"), ("top_p", "1e-9 1"), ("rate", "0.001 0.999"),
     ("shift", "-1 0 2"), ("lr", "1e-30 1e30"), ("cap", "0 inf"), ("scale", "-1 0 1e300"),
-    ("batch_size", "1 1000000"), ("seed", f"-5 {10 ** 400}")])
+    ("batch_size", "1 1000000"), ("seed", f"-5 {10 ** 14}")])
 def test_numbers_in_range(name, values):
     for text in values.split():
         kind = type(getattr(Config, name))
