@@ -80,13 +80,17 @@ def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] 
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **options)
     if presets:
         recipe = parser.parse_known_args(argv)[0].recipe
-        if recipe not in presets:
+        if recipe not in list(presets):
             parser.error(f"unknown --recipe {recipe!r}; known: {', '.join(presets)}")
         parser.set_defaults(**presets[recipe])
     flags = vars(parser.parse_args(argv))
     for name, value in flags.items():
-        is_number = type(value) in (int, float)
-        if is_number and (expected := out_of_range(value, comments.get(name, ""))):
+        comment = comments.get(name, "")
+        may_be_empty = getattr(config, name) == "" or '"": ' in comment
+        blank = isinstance(value, str) and not value.strip() and (value or not may_be_empty)
+        if blank or value == []:  # argparse turns --name=-- into []
+            parser.error(f"--{name} is empty; expected a value")
+        if type(value) in (int, float) and (expected := out_of_range(value, comment)):
             parser.error(f"--{name} {value}: expected {expected}")
     return config(**flags)
 
@@ -149,7 +153,9 @@ def process_group(backend: str, **options):
     # The functions of this module keep the current process group as a default argument. Import it while there
     # is none: a kept group keeps gloo's threads alive, and one of them may abort while Python shuts down.
     import torch.distributed.nn.functional  # noqa: F401
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it waits for the others in C++, where no handler of ours runs
     dist.init_process_group(backend, **options)
+    signal.signal(signal.SIGTERM, ending.terminated)
     try:
         with ending.watched():
             dist.barrier()

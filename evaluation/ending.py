@@ -8,7 +8,6 @@ import sys
 import time
 from contextlib import contextmanager
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE
 PEERS = []  # [(host, process id)] of all ranks
 DEAD = ("rank {} ended before the others (its message is above, if it could print one; the system may have "
@@ -39,15 +38,22 @@ def terminated(*_) -> None:
     raise SystemExit(143)
 
 
+def one_line(text: str) -> str:
+    """Without line breaks, control characters and the middle of a long text, which files can bring along."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
+    return text if len(text) <= 1000 else f"{text[:700]} .. {text[-200:]}"
+
+
 def message(e: BaseException) -> str:
     """The line for a user's mistake, a full disk behind stdout or a full memory; "" for a bug of ours."""
     if isinstance(e, OSError) and e.errno in FULL and not e.filename:  # saving.py names our own files
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends, and fails again
         return f"the output was not written ({e.strerror})"
     if isinstance(e, (ValueError, OSError)):
-        return " ".join(str(e).splitlines())
-    if isinstance(e, MemoryError) or re.search("(out of|allocate|not enough) memory", str(e)):
-        return "out of memory; use a smaller model, a smaller --micro_batch (train.py) or --batch_size"
+        return one_line(str(e))
+    full = "(out of|allocate|not enough) memory|start new thread"
+    if isinstance(e, MemoryError) or re.search(full, str(e)):
+        return "out of memory or threads; use a smaller model, --micro_batch, --batch_size or --workers"
     return ""
 
 
@@ -77,8 +83,9 @@ def report_dead_rank(wait: float = 0) -> bool:
     while not (dead := dead_ranks()) and time.time() < until:
         time.sleep(0.05)
     if dead:
+        alive = set(range(len(PEERS))) - set(dead)
         PEERS.clear()  # report once
-        if RANK == min(set(range(RANKS)) - set(dead)):
+        if os.environ["RANK"] == str(min(alive)):
             say(DEAD.format(" and ".join(map(str, dead))))
         else:
             time.sleep(1)
@@ -91,7 +98,7 @@ def watched():
     import torch.distributed as dist
 
     mine = socket.gethostname(), os.getpid()
-    PEERS[:] = [mine] * RANKS
+    PEERS[:] = [mine] * dist.get_world_size()
     dist.all_gather_object(PEERS, mine)
     try:
         yield

@@ -57,12 +57,9 @@ def append(file: BinaryIO, text: str) -> None:
 def claim(out: str | Path, name: str) -> Path:
     """Make the folder `out` and lock the file `name` in it until this process ends; return the folder.
 
-    ValueError if another process holds the lock, or if `out` is "". The file stays behind, but the lock does
-    not. It is a POSIX record lock: a worker that is forked for the data does not inherit it, so it cannot
-    keep it after a kill.
+    ValueError if another process holds the lock. The file stays behind, but the lock does not. It is a POSIX
+    record lock: a worker that is forked for the data does not inherit it and cannot keep it after a kill.
     """
-    if out == "":
-        raise ValueError("--out is empty; give a folder")
     folder = Path(out)
     with named(folder / name):
         folder.mkdir(parents=True, exist_ok=True)
