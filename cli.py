@@ -153,7 +153,7 @@ def process_group(backend: str, **options):
     # The functions of this module keep the current process group as a default argument. Import it while there
     # is none: a kept group keeps gloo's threads alive, and one of them may abort while Python shuts down.
     import torch.distributed.nn.functional  # noqa: F401
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it waits for the others in C++, where no handler of ours runs
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it waits in C++, where no handler of Python's runs
     dist.init_process_group(backend, **options)
     signal.signal(signal.SIGTERM, ending.terminated)
     try:

@@ -27,7 +27,7 @@ def at_once(*_) -> None:
 
 
 def handle_signals(folder: str) -> None:
-    """End in one line on Ctrl-C and SIGTERM, if the running command is a file of `folder`."""
+    """End in one line on Ctrl-C, from here on, if the running command is a file of `folder`."""
     command = getattr(sys.modules["__main__"], "__file__", None)
     if command and os.path.dirname(os.path.abspath(command)) == folder:
         signal.signal(signal.SIGINT, at_once)

@@ -3,8 +3,8 @@
     make torture                                    everything, at most 30 minutes on 2 cores
     python -m tests.torture mutations --count 500 --seed 3      one part, smaller, with another seed
 
-Each part is a file with a function run(folder, seed, count) that yields one `Row` for each thing it tried, and
-FULL, the count of a full run. tests/test_torture.py runs a slice of each. README.md has the table as measured.
+Each part is a file with a function run(folder, seed, count), which yields one `Row` for each thing it tried,
+and FULL, the count of a full run. tests/test_torture.py runs a slice of each. README.md has the table.
 """
 import os
 import resource

@@ -1,12 +1,13 @@
 """A disk that is full after n bytes: every save must end in one line, with the old file as it was.
 
-RLIMIT_FSIZE makes the system refuse to let a file grow beyond n bytes. For small files n takes every value, for
-large ones FULL values. At last whole training runs hit such a disk, and then go on with more room.
+RLIMIT_FSIZE makes the system refuse to let a file grow beyond n bytes. For small files n takes every value,
+for large ones FULL values. At last whole training runs hit such a disk, and then go on with more room.
 """
 import io
 import resource
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -75,7 +76,7 @@ def saves(folder: Path) -> dict[str, tuple[Path, Callable]]:
     (folder / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     for name, save in found.values():
         on_a_full_disk(lambda: save(folder / name), resource.RLIM_INFINITY)
-    return {what: (folder / name, lambda f=folder / name, save=save: save(f)) for what, (name, save) in found.items()}
+    return {what: (folder / name, partial(save, folder / name)) for what, (name, save) in found.items()}
 
 
 def appended(folder: Path) -> Row:
@@ -93,7 +94,7 @@ def appended(folder: Path) -> Row:
 
 
 def whole_runs(folder: Path, count: int) -> Row:
-    """Train until the disk is full; with room again, --resume must end in the bits of a run without trouble."""
+    """Train until the disk is full; with room again, the run must end in the bits of one without trouble."""
     from .kills import Runs
 
     row, runs = Row("whole training runs"), Runs("train", folder, 1)

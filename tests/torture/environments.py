@@ -1,7 +1,7 @@
 """`pip install -r requirements.txt` in a clean environment of every Python from 3.10 to 3.13, then a demo.
 
 Each environment trains the first five steps of the demo and runs a few test files. A last one has the oldest
-versions that requirements.txt allows. An environment takes up to 6 GB while it is tried; it is removed afterwards.
+versions that requirements.txt allows. An environment takes up to 6 GB while it is tried, then it is removed.
 A Python that this machine does not have is reported as not run.
 """
 import re
@@ -55,9 +55,11 @@ def wrong(python: str, folder: Path, packages: list[str]) -> tuple[str, str]:
         for command in commands:
             done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
-                return " ".join([*map(str, command[1:4]), ":", *(done.stdout + done.stderr).split()[-60:]]), versions
+                said = (done.stdout + done.stderr).split()[-60:]
+                return " ".join([*map(str, command[1:4]), ":", *said]), versions
             if "freeze" in command:
-                versions = " ".join(re.findall("^(?:torch|numpy|pillow|safetensors|sentencepiece)==.*", done.stdout, re.M))
+                names = "|".join(name.partition("==")[0] for name in oldest())
+                versions = " ".join(re.findall(f"^(?:{names})==.*", done.stdout, re.M))
     finally:
         shutil.rmtree(env, ignore_errors=True)
     return "", versions.replace("==", " ")

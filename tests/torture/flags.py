@@ -1,7 +1,8 @@
 """Every flag of every command at, below and beyond its range, and with words that are no value for it.
 
 The flags come from the dataclasses. A value must be refused by the parser (exit status 2, one line with the
-flag), or the command must run with it: to its end, or to one line (exit status 1) that names a flag or a file.
+flag), or the command must run with it: to its end, or to one line (exit status 1) that names a flag, a file
+or the value.
 """
 import dataclasses
 import inspect
@@ -38,17 +39,18 @@ def values(f: dataclasses.Field, comment: str) -> list[str]:
         low, high = found[2], found[3]
     whole = isinstance(f.default, int)
     step = 1 if whole else 1e-6
-    near = [str(type(f.default)(float(x)) + d) for x in (low, high) if "inf" not in x for d in (-step, 0, step)]
-    return [*near, "nan", "inf", "-inf", "1e308", "1e-300", "9" * 400, str(10**14), "", "x", "1.5", "0x10", "1_0"]
+    bounds = [type(f.default)(float(x)) for x in (low, high) if "inf" not in x]
+    return [*(str(x + d) for x in bounds for d in (-step, 0, step)), "nan", "inf", "-inf", "1e308", "1e-300",
+            "9" * 400, str(10**14), "", "x", "1.5", "0x10", "1_0"]
 
 
 def in_range(value: int | float, comment: str) -> bool:
     """Written anew, to check the parser's own."""
     opening, low, high, closing = re.match(r"([\[(])(\S+), (\S+)([\])])|", comment).groups()
-    if type(value) is int and abs(value) >= 10**15 or value != value or opening is None and abs(value) == float("inf"):
+    if type(value) is int and abs(value) >= 10**15 or value != value:
         return False
     if opening is None:
-        return True
+        return abs(value) != float("inf")
     return (value > float(low) or opening == "[" and value == float(low)) and \
         (value < float(high) or closing == "]" and value == float(high))
 
@@ -72,7 +74,8 @@ def wrong(main, config: type, base: list[str], f: dataclasses.Field, text: str, 
         except ValueError:
             fits = False
         if not fits:
-            return "" if status == 2 and flag in told and len(lines) == 1 else f"expected 2: {status} {err[-300:]}"
+            ok = status == 2 and flag in told and len(lines) == 1
+            return "" if ok else f"expected 2: {status} {err[-300:]}"
     if kind is bool:
         return "" if status == 2 and flag in told else f"expected 2: {status} {err[-300:]}"
     if status == 0 and not lines:
@@ -95,8 +98,8 @@ def commands(folder: Path) -> dict[str, tuple]:
     for name, data in (("scienceqa", w), ("coco", folder / "coco"), ("mme", folder / "mme"),
                        ("truthfulqa", folder / "mc_task.json")):
         config = evaluate.COMMANDS[name][0]
-        argv = [name, *adapters, "--data", str(data), *(["--max_new_tokens", "2"] if name != "truthfulqa" else [])]
-        found[f"evaluate.py {name}"] = evaluate.main, config, argv
+        short = ["--max_new_tokens", "2"] if name != "truthfulqa" else []
+        found[f"evaluate.py {name}"] = evaluate.main, config, [name, *adapters, "--data", str(data), *short]
     found["sample.py"] = sample.main, sample.Config, [*adapters, "--prompt", "What?", "--max_new_tokens", "2"]
     return found
 
@@ -108,7 +111,8 @@ def run(folder: Path, seed: int, count: int) -> Iterator[Row]:
     for name, (main, config, base) in commands(folder).items():
         row = Row(name)
         fields = [f for f in dataclasses.fields(config) if f.name not in tested or "evaluate" not in name]
-        tested |= {f.name for f in fields if "evaluate" in name and f.name not in ("data", "out", "predictions")}
+        if "evaluate" in name:
+            tested |= {f.name for f in fields} - {"data", "out", "predictions"}
         lines = [(f, text) for f in fields for text in values(f, comment_of(config, f))]
         for f, text in lines[:: max(1, len(lines) // count)]:
             if f.name == "workers" and text in ("255", "256"):

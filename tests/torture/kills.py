@@ -1,8 +1,8 @@
 """SIGKILL at random moments and inside every write, train and evaluate, one process and two.
 
-After each kill the same command runs again, train.py with --resume. The end must have the bits of a run that was
-never killed: adapters, log, predictions and scores. When one of two processes is killed, the other must end by
-itself and say which one ended.
+After each kill the same command runs again, train.py with --resume. The end must have the bits of a run that
+was never killed: adapters, log, predictions and scores. When one of two processes is killed, the other must
+end by itself and say which one ended.
 """
 import json
 import os
@@ -31,7 +31,7 @@ RANDOM, WRITES = "at random moments", "inside every write"
 # --- killing a process inside a write --------------------------------------------------------------
 
 def die_at(event: int) -> Callable[[], None]:
-    """A function that makes this process kill itself at the n-th moment of its writes; -1: count them instead.
+    """A function that makes this process kill itself at the n-th moment of its writes; -1: count them.
 
     The moments of an atomic write: half written, not yet renamed, renamed. Of a line: half written, written.
     """
@@ -93,13 +93,13 @@ class Runs:
         self.main = (train if name == "train" else evaluate).main
 
     def command(self) -> list[str]:
-        data = [*TINY, "--data", self.folder / "w"]
+        both = [*TINY, "--data", self.folder / "w", "--max_new_tokens", "12"]
         if self.name == "evaluate":
-            return ["scienceqa", *data, "--adapters", self.folder / "base/adapters.safetensors", "--batch_size", "2",
-                    "--max_new_tokens", "12", "--out", self.at / "p.jsonl", "--json"]
-        return [*data, "--out", self.at, "--batch_size", "8", "--micro_batch", "4", "--dropout", "0.1", "--epochs", "9",
-                "--steps", "6", "--save_every", "2", "--log_every", "1", "--max_new_tokens", "12", "--max_len", "120",
-                *(["--resume"] if (self.at / "checkpoint.pt").exists() else [])]
+            return ["scienceqa", *both, "--adapters", self.folder / "base/adapters.safetensors",
+                    *"--batch_size 2 --json --out".split(), self.at / "p.jsonl"]
+        resume = ["--resume"] if (self.at / "checkpoint.pt").exists() else []
+        return [*both, *resume, *"--batch_size 8 --micro_batch 4 --dropout 0.1 --epochs 9 --steps 6".split(),
+                *"--save_every 2 --log_every 1 --out".split(), self.at]
 
     def start(self, moments: dict[int, int] | None = None) -> list[int]:
         """The process ids. moments {rank: the moment of its death}"""
@@ -107,7 +107,8 @@ class Runs:
         if self.ranks > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+                port = str(free.getsockname()[1])
+            env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.at.mkdir(exist_ok=True)
         nothing = lambda: None
         return [forked(self.main, self.command(), self.folder / f"log{rank}",
@@ -189,12 +190,17 @@ class Runs:
         return self.survivor(status) or self.whole()
 
 
-def run(folder: Path, seed: int, count: int) -> Iterator[Row]:
+def prepare(folder: Path) -> None:
+    """A small data set, and adapters to evaluate."""
     torch.set_num_threads(1)  # threads do not survive a fork
     shutil.rmtree(folder / "w", ignore_errors=True)
     world.write(folder / "w", seed=5, sizes={"test": 9, "val": 1, "train": 24})
-    flags = [*TINY, "--data", folder / "w", "--out", folder / "base", "--steps", "2", "--split", "", "--lr", "0.01"]
-    assert ended(forked(train.main, [*flags, "--batch_size", "8"], folder / "log0")) == 0
+    flags = [*TINY, "--data", folder / "w", "--out", folder / "base", "--split", ""]
+    assert ended(forked(train.main, [*flags, "--steps", "2", "--batch_size", "8"], folder / "log0")) == 0
+
+
+def run(folder: Path, seed: int, count: int) -> Iterator[Row]:
+    prepare(folder)
     rng = random.Random(seed)
     for name in ("train", "evaluate"):
         for ranks in (1, 2):

@@ -1,7 +1,7 @@
 """A long training run must not grow, and nothing may talk to a network.
 
-The long run trains a small LaVIN of random weights: what could grow is the loop, the log and the data, not the
-model. The slope of its resident memory is fitted over the second half.
+The long run trains a small LaVIN of random weights: what could grow is the loop, the log and the data, not
+the model. The slope of its resident memory is fitted over the second half.
 """
 import os
 import shutil
@@ -42,15 +42,16 @@ def record_memory(file: Path) -> None:
 
 
 def long_run(folder: Path, steps: int) -> Row:
-    cfg = LLaMAConfig(dim=16, n_layers=1, n_heads=2, ffn_dim=32, vocab_size=1096, norm_eps=1e-5, max_seq_len=256)
+    cfg = LLaMAConfig(16, 1, 2, ffn_dim=32, vocab_size=1096, norm_eps=1e-5, max_seq_len=256)
     models = LLaMA(cfg), VisionTransformer(CLIPConfig(16, 8, 16, 1, 2, 1))
     for name, model in zip(("llama", "clip"), models):
         randomize(model)
         write_hf(folder / name, model)
     shutil.copyfile(TOKENIZER, folder / "llama/tokenizer.model")
-    argv = ["--llama", folder / "llama", "--clip", folder / "clip", "--data", folder / "w", "--out", folder / "out",
-            "--batch_size", 2, "--micro_batch", 2, "--epochs", 10**6, "--steps", steps, "--dropout", 0.1, "--split", "",
-            "--log_every", max(1, steps // 200), "--save_every", max(1, steps // 20), "--device", "cpu", "--lr", 0.01]
+    argv = [x for name, at in (("llama", "llama"), ("clip", "clip"), ("data", "w"), ("out", "out"))
+            for x in (f"--{name}", folder / at)]
+    argv += ["--steps", steps, "--log_every", max(1, steps // 200), "--save_every", max(1, steps // 20)]
+    argv += "--split= --batch_size 2 --micro_batch 2 --epochs 1000000 --dropout 0.1 --lr 0.01 --device cpu".split()
     status = ended(forked(train.main, argv, folder / "log", lambda: record_memory(folder / "memory")), 3000)
     row = Row(f"{steps:,} steps of training", tried=1)
     if status:
@@ -77,7 +78,8 @@ def no_network() -> None:
 def silent(folder: Path) -> Iterator[Row]:
     """Each command, in a process that may not open a connection."""
     def command(name: str, main, argv: list) -> Row:
-        status, row = ended(forked(main, argv, folder / "log", no_network)), Row(f"no network: {name}", tried=1)
+        row = Row(f"no network: {name}", tried=1)
+        status = ended(forked(main, argv, folder / "log", no_network))
         if status:
             row.lost.append(f"status {status}: {(folder / 'log').read_text()[-300:]}")
         return row
@@ -85,8 +87,9 @@ def silent(folder: Path) -> Iterator[Row]:
     data, adapters = ["--data", folder / "w"], ["--adapters", folder / "trained/adapters.safetensors", *TINY]
     yield command("train.py", train.main, [*TINY, *data, "--out", folder / "trained", "--steps", 1])
     yield command("evaluate.py", evaluate.main, [*data, *adapters, "--out", folder / "p.jsonl"])
-    yield command("sample.py", sample.main, [*adapters, "--image", ROOT / "tiny/demo.png", "--prompt", "What is it?"])
-    yield command("evaluate.py --predictions", evaluate.main, [*data, "--predictions", folder / "p.jsonl", "--json"])
+    image = ["--image", ROOT / "tiny/demo.png", "--prompt", "What?"]
+    yield command("sample.py", sample.main, [*adapters, *image])
+    yield command("evaluate.py --predictions", evaluate.main, [*data, "--predictions", folder / "p.jsonl"])
 
 
 def run(folder: Path, seed: int, count: int) -> Iterator[Row]:

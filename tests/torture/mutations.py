@@ -1,7 +1,7 @@
 """Damaged, hostile and merely odd files for every reader. Each must be read, or refused in one line.
 
-A forked process reads the mutated files, one after the other. It may use 1 GiB beyond what it starts with, and
-a file may take LIMIT seconds. An input counts as lost if its reader ends in a traceback, in a line without the
+A forked process reads the mutated files, one after the other. It may use 1 GiB beyond what it starts with,
+and a file may take LIMIT seconds. An input is lost if its reader ends in a traceback, in a line without the
 file's folder, in a crash, late, or out of memory.
 """
 import io
@@ -30,6 +30,7 @@ from clip import VisionTransformer, preprocess
 from evaluation import answering, benchmarks, ending, scores
 from evaluation.log import Log
 from llama import LLaMA
+from official import llama_layouts
 from official.images import open_image
 from official.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ FULL = 250  # for each target
 LIMIT = 20
 TOKENIZER = ROOT / "tiny/llama/tokenizer.model"
 NUMBERS = (-1, 0, 1, 2, 3.5, 2**31, 2**63, -2**63, 10**400, 1e308, float("nan"), float("inf"), -0.0)
-TEXTS = ("", " ", "x", "\0", "\ud800", "\u2028", "../../x", "/dev/zero", "a\nb", "é" * 300, "9" * 5000, "{}", "%s")
+TEXTS = ("", " ", "x", "\0", "\ud800", "\u2028", "../../x", "/dev/zero", "a\nb", "é" * 300, "9" * 5000, "%s")
 ODD = (*NUMBERS, *TEXTS, None, True, False, [], {}, [[]], [None], {"": None}, ["x"] * 999)
 
 
@@ -181,17 +182,19 @@ def targets(folder: Path) -> dict[str, Target]:
         add(name, change_json, whole)
     published.alpaca(folder / "alpaca.json", 4)
     add("alpaca.json", change_json, lambda: encode(prompts.read_instructions(folder / "alpaca.json")))
-    records = [{"instruction": "x", "output": "y"}, {"instruction": "x", "input": "z", "output": "y", "image": ""}]
-    (folder / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    record = json.dumps({"instruction": "x", "input": "z", "output": "y", "image": ""})
+    (folder / "own.jsonl").write_text(f"{record}\n{record}\n")
     add("own.jsonl", change_json, lambda: encode(prompts.read_instructions(folder / "own.jsonl")))
     published.llava_joined(published.llava(folder / "llava"))
     add("llava/llava_instruct_150k.json", change_json, lambda: encode(prompts.read_llava(folder / "llava")))
     published.coco(folder / "coco")
-    add("coco/dataset_coco.json", change_json, lambda: encode(prompts.read_coco(folder / "coco", split="test")))
+    add("coco/dataset_coco.json", change_json,
+        lambda: encode(prompts.read_coco(folder / "coco", split="test")))
     published.truthfulqa(folder / "mc_task.json")
     add("mc_task.json", change_json, lambda: encode(benchmarks.read_truthfulqa(folder / "mc_task.json")))
     published.mme(folder / "mme", {"existence": 1})
-    add("mme/existence/0000.txt", change_bytes, lambda: encode(benchmarks.read_mme(folder / "mme", ["existence"])))
+    add("mme/existence/0000.txt", change_bytes,
+        lambda: encode(benchmarks.read_mme(folder / "mme", ["existence"])))
 
     samples = prompts.read_scienceqa(folder / "s", "test")
     ids = [s.id for s in samples]
@@ -214,16 +217,18 @@ def targets(folder: Path) -> dict[str, Target]:
     questions = benchmarks.read_truthfulqa(folder / "mc_task.json")
     weighed = {q.id: {a: -1.0 * len(a) for a in {**q.problem["mc1_targets"], **q.problem["mc2_targets"]}}
                for q in questions}
-    published.put(folder / "weighed.json", weighed)
+    file = published.put(folder / "weighed.json", weighed)
     add("weighed.json", change_json, lambda: scores.truthfulqa_table(scores.truthfulqa(
-        questions, scores.predictions_for(folder / "weighed.json", ["0", "1"], "questions"), folder / "weighed.json")))
+        questions, scores.predictions_for(file, ["0", "1"], "questions"), file)))
     annotations = [{"image_id": k, "caption": f"A picture {k}."} for k in (1, 2)]
-    published.put(folder / "captions.json", annotations)
-    published.put(folder / "references.json", {"annotations": annotations})
-    both = lambda: scores.check_types(folder / "captions.json", scores.predictions_for(
-        folder / "captions.json", list(scores.read_references(folder / "references.json", {"1", "2"})), "pictures"),
-        str, "a text")
-    add("captions.json", change_json, both), add("references.json", change_json, both)
+    said_of, known = (published.put(folder / f"{name}.json", content) for name, content in
+                      (("captions", annotations), ("references", {"annotations": annotations})))
+
+    def captions():
+        ids = list(scores.read_references(known, {"1", "2"}))
+        scores.check_types(said_of, scores.predictions_for(said_of, ids, "pictures"), str, "a text")
+
+    add("captions.json", change_json, captions), add("references.json", change_json, captions)
     (folder / "results").mkdir()
     (folder / "results/OCR.txt").write_text("0.jpg\tIs it?\tYes\tYes.\n0.jpg\tIs it not?\tNo\tYes\n")
     add("results/OCR.txt", change_bytes, lambda: scores.mme_table(scores.mme(folder / "results")))
@@ -231,11 +236,12 @@ def targets(folder: Path) -> dict[str, Target]:
     add("log.jsonl", change_json, lambda: Log(folder / "log.jsonl", 9, 2))
 
     model, llama, vit = make_lavin(), make_llama(), make_vit()
-    write_hf(folder / "hf", llama), write_hf(folder / "shards", llama, limit=20_000), write_hf(folder / "clip", vit)
-    write_meta(folder / "meta", llama, 2), write_openai(folder / "ViT.pt", vit)
-    write_hf(folder / "bin", llama)
+    write_hf(folder / "hf", llama), write_hf(folder / "bin", llama), write_hf(folder / "clip", vit)
+    write_hf(folder / "shards", llama, limit=20_000), write_meta(folder / "meta", llama, 2)
+    write_openai(folder / "ViT.pt", vit)
     (folder / "bin/model.safetensors").unlink()
-    torch.save({b: llama.get_parameter(a).detach() for a, b in hf_names().items()}, folder / "bin/pytorch_model.bin")
+    state = {theirs: llama.get_parameter(ours).detach() for ours, theirs in llama_layouts.hf_names(3).items()}
+    torch.save(state, folder / "bin/pytorch_model.bin")
     for name, change in (("hf/config.json", change_json), ("hf/model.safetensors", change_safetensors),
                          ("bin/pytorch_model.bin", change_saved), ("meta/params.json", change_json),
                          ("meta/consolidated.01.pth", change_saved), ("hf/tokenizer.model", change_bytes),
@@ -286,7 +292,8 @@ def verdict(read: Callable, folder: Path) -> str:
             return f"memory: {line:.300}"
         if not line:
             return f"traceback: {type(e).__name__}: {e!s:.300}"
-        return "-" if str(folder) in line and line.isprintable() and len(line) <= 1000 else f"unnamed: {line:.300}"
+        ok = str(folder) in line and line.isprintable() and len(line) <= 1000
+        return "-" if ok else f"unnamed: {line:.300}"
 
 
 def mutated(target: Target, name: str, seed: int, i: int) -> bytes:
@@ -334,11 +341,6 @@ def read_all(name: str, target: Target, folder: Path, seed: int, count: int) -> 
         if first < count:
             yield first, why if "hang" in why else f"crash: status {status}"
             first += 1
-
-
-def hf_names() -> dict[str, str]:
-    from official import llama_layouts
-    return llama_layouts.hf_names(3)
 
 
 def run(folder: Path, seed: int, count: int) -> Iterator[Row]:
