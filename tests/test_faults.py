@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TWO_PROCESSES, run_main
 
 import evaluate
+import lavin
 import train
 from official import saving
 from tiny import world
@@ -187,3 +188,10 @@ def test_a_full_memory_is_one_line(monkeypatch):
         assert "out of memory or threads; use a smaller model" in fails(monkeypatch, main)
     with pytest.raises(RuntimeError, match="a bug"):
         run_main(monkeypatch, lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_a_temperature_near_zero_is_greedy():
+    """Divided by 1e-300 the logits are infinite and their softmax is NaN: an earlier version chose any token."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for temperature in (0.0, 1e-300, 1e-9, 1e-4):
+        assert lavin.pick(logits, temperature, 0.75, torch.Generator().manual_seed(0)).tolist() == [1]

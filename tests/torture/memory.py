@@ -51,7 +51,7 @@ def long_run(folder: Path, steps: int) -> Row:
     argv = [x for name, at in (("llama", "llama"), ("clip", "clip"), ("data", "w"), ("out", "out"))
             for x in (f"--{name}", folder / at)]
     argv += ["--steps", steps, "--log_every", max(1, steps // 200), "--save_every", max(1, steps // 20)]
-    argv += "--split= --batch_size 2 --micro_batch 2 --epochs 1000000 --dropout 0.1 --lr 0.01 --device cpu".split()
+    argv += "--split= --batch_size 2 --micro_batch 2 --epochs 1000000 --dropout 0.1 --device cpu".split()
     status = ended(forked(train.main, argv, folder / "log", lambda: record_memory(folder / "memory")), 3000)
     row = Row(f"{steps:,} steps of training", tried=1)
     if status:
