@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test torture clean
 
 demo: .venv/ready  ## train the adapters on the small world, print Table 1's columns, ask two questions
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node 2 train.py --device cpu  # two processes beat two threads
@@ -21,6 +21,9 @@ test: .venv/ready-dev  ## all tests, on the CPU, offline
 .venv/ready-dev: .venv/ready requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
+
+torture: .venv/ready-dev  ## kills, mutated files, odd flags, full disks, other Pythons: half an hour and 6 GB of disk
+	$(BIN)/python -m tests.torture
 
 clean:  ## forget the environment, the generated data and the runs
 	rm -rf .venv tiny/data out

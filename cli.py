@@ -17,6 +17,9 @@ import signal
 import sys
 from contextlib import contextmanager
 
+from evaluation import ending
+
+ending.handle_signals(os.path.dirname(os.path.abspath(__file__)))
 RANGE = re.compile(r"([\[(])(-?[\d.]+|-inf), (-?[\d.]+|inf)([\])])")
 
 
@@ -44,6 +47,8 @@ def out_of_range(value: int | float, comment: str) -> str:
     opening, low, high, closing = found.groups() if found else ("(", "-inf", "inf", ")")
     above_low = value >= float(low) if opening == "[" else value > float(low)
     below_high = value <= float(high) if closing == "]" else value < float(high)
+    if type(value) is int and abs(value) >= 10**15:
+        return "a number of at most 15 digits"
     if above_low and below_high:  # never true for nan
         return ""
     if high == "inf":
@@ -75,13 +80,17 @@ def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] 
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **options)
     if presets:
         recipe = parser.parse_known_args(argv)[0].recipe
-        if recipe not in presets:
+        if recipe not in list(presets):
             parser.error(f"unknown --recipe {recipe!r}; known: {', '.join(presets)}")
         parser.set_defaults(**presets[recipe])
     flags = vars(parser.parse_args(argv))
     for name, value in flags.items():
-        is_number = type(value) in (int, float)
-        if is_number and (expected := out_of_range(value, comments.get(name, ""))):
+        comment = comments.get(name, "")
+        may_be_empty = getattr(config, name) == "" or '"": ' in comment
+        blank = isinstance(value, str) and not value.strip() and (value or not may_be_empty)
+        if blank or value == []:  # argparse turns --name=-- into []
+            parser.error(f"--{name} is empty; expected a value")
+        if type(value) in (int, float) and (expected := out_of_range(value, comment)):
             parser.error(f"--{name} {value}: expected {expected}")
     return config(**flags)
 
@@ -91,24 +100,24 @@ def run(main) -> None:
 
     Ctrl-C ends with status 130 and SIGTERM with 143, as shells expect.
     """
-    def terminated(*_):
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, ending.terminated)
     try:
         main()
+        sys.stdout.flush()  # here, where a full disk behind it is one line
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as e:
-        if os.environ.get("LAVIN_TRACEBACK"):  # set it to see where the error came from
+    except Exception as e:
+        message = ending.message(e)
+        if not message or os.environ.get("LAVIN_TRACEBACK"):  # set it to see where the error came from
             raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {' '.join(str(e).splitlines())}")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
 
 
 def pick_device(device: str, dtype: str) -> tuple:
     """--device and --dtype as torch objects. auto: this process's GPU in bf16, or the CPU in fp32."""
     import torch  # not at the top: scoring a file of predictions needs no torch
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # imports are done: Ctrl-C is an exception
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype != "auto" and dtype not in dtypes:
         raise ValueError(f"unknown --dtype {dtype!r}; known: auto, {', '.join(dtypes)}")
@@ -144,11 +153,14 @@ def process_group(backend: str, **options):
     # The functions of this module keep the current process group as a default argument. Import it while there
     # is none: a kept group keeps gloo's threads alive, and one of them may abort while Python shuts down.
     import torch.distributed.nn.functional  # noqa: F401
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it waits in C++, where no handler of Python's runs
     dist.init_process_group(backend, **options)
+    signal.signal(signal.SIGTERM, ending.terminated)
     try:
-        dist.barrier()
-        yield
-        dist.barrier()  # gloo aborts if one process leaves while another still sends
+        with ending.watched():
+            dist.barrier()
+            yield
+            dist.barrier()  # gloo aborts if one process leaves while another still sends
     finally:
         dist.destroy_process_group()
 

@@ -133,7 +133,9 @@ def coco(cfg: COCO) -> tuple[dict, str] | None:
         what = f"pictures of {cfg.references}"
         captions = scores.predictions_for(cfg.predictions, list(references), what)
     else:
-        (source,) = prompts.mixture(f"coco:{cfg.data}")
+        source, *others = prompts.mixture(f"coco:{cfg.data}")
+        if others:
+            raise ValueError(f"--data {cfg.data}: expected one folder, without a comma")
         samples = prompts.read_coco(source.path, source.images, "test")[: cfg.limit or None]
         references = {s.id: s.problem["captions"] for s in samples}
         try:

@@ -249,7 +249,7 @@ def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
     """logits [B, V] -> tokens [B]: greedy at temperature 0, otherwise top-p (nucleus) sampling."""
-    if temperature == 0:
+    if temperature < 1e-4:  # 0, or so small that the logits divide to infinity
         return logits.argmax(-1)
     p, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p

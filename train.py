@@ -12,16 +12,15 @@ step. Every split gives the same update, apart from rounding.
 The folder --out holds adapters.safetensors, checkpoint.pt and log.jsonl. --resume continues from
 checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
 """
-import dataclasses
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cli  # isort: skip  # before torch: Ctrl-C during its import ends in one line
 import torch
 import torch.distributed as dist
 
-import cli
 import data
 import prompts
 import weights
@@ -30,7 +29,8 @@ from clip import MEAN_STD, VisionTransformer
 from evaluation.log import Log
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
-from official.adapter_files import fill, read_checkpoint, write_checkpoint
+from official.adapter_files import fill, read_checkpoint, restore, write_checkpoint
+from official.saving import claim
 from official.tokenizer import Tokenizer
 
 SMALL_WORLD = "tiny/data"
@@ -49,9 +49,9 @@ class Config:
     vision: bool = True  # --no-vision: text only, without image encoder
     vit_adapters: bool = True  # adapters in the image encoder too ("joint optimisation")
     adapter: str = "mm"  # in LLaMA: mm (with router) or rep (plain RepAdapter)
-    adapter_dim: int = 8  # [2, inf) adapter width r
-    scale: float = 1.0  # (0, inf) s of Eq. (2)
-    tau: float = 10.0  # (0, inf) router temperature; the paper: 10 for 7B, 5 for 13B
+    adapter_dim: int = 8  # [2, 16382] adapter width r
+    scale: float = 1.0  # (0, 1000000] s of Eq. (2)
+    tau: float = 10.0  # (0, 1000000] router temperature; the paper: 10 for 7B, 5 for 13B
     dropout: float = 0.0  # [0, 1) inside the adapters
     normalize: str = "clip"  # mean and std of the images: imagenet or clip
     # data
@@ -59,11 +59,11 @@ class Config:
     captions: bool = False  # append captions.json to the hints
     max_len: int = 192  # [2, inf) longest sequence in tokens; longer ones are cut
     # optimisation
-    epochs: float = 1.0  # [0, inf) passes over the train split
-    warmup: float = 0.06  # [0, inf) epochs of linear warm-up
+    epochs: float = 1.0  # (0, 1000000] passes over the train split
+    warmup: float = 0.06  # [0, 1000000] epochs of linear warm-up
     batch_size: int = 32  # [1, inf) samples per optimizer step, over all ranks and accumulation steps
     micro_batch: int = 32  # [1, inf) samples per forward pass
-    lr: float = 0.048  # [0, inf) base learning rate; the rate used is lr x batch_size / 256
+    lr: float = 0.048  # (0, inf) base learning rate; the rate used is lr x batch_size / 256
     weight_decay: float = 0.02  # [0, inf) on matrices only
     beta2: float = 0.95  # [0, 1) of AdamW; beta1 is 0.9
     clip_grad: float = 0.0  # [0, inf) largest gradient norm; 0: no clipping, as in the paper
@@ -74,12 +74,12 @@ class Config:
     checkpoint: bool = False  # activation checkpointing: less memory, 1.4 x the work
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
-    workers: int = -1  # [-1, inf) processes that decode images; -1: 4 with a GPU, none on a CPU
+    workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
     log_every: int = 10  # [1, inf) steps between log lines
     save_every: int = 100  # [1, inf) steps between checkpoints
     # evaluation
     split: str = "test"  # split answered after training; "": none
-    max_new_tokens: int = 40  # [1, inf) longest answer
+    max_new_tokens: int = 40  # [1, 1048576] longest answer
 
 
 RECIPES = {"tiny": {}, "paper": dict(
@@ -113,7 +113,7 @@ def load_checkpoint(path: Path, model: LaVIN, optimizer, must_match: dict) -> in
         if before != value:
             raise ValueError(f"{path}: --resume continues a run with {name} {before}, not {value}")
     fill(trainable(model), state["adapters"], path)
-    optimizer.load_state_dict(state["optimizer"])
+    restore(optimizer, state["optimizer"], path)
     return state["step"]
 
 
@@ -163,7 +163,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
     is_main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
-    (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
+    out = claim(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
     image_size = model.vit.cfg.image_size if model.vit else 0
     steps = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed, image_size,
@@ -221,7 +221,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
                 "adapters": {name: p.detach() for name, p in params.items()}})
     if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
-                   max_new_tokens=cfg.max_new_tokens, train=dataclasses.asdict(cfg))
+                   max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))
         say(f"wrote {out / 'adapters.safetensors'}")
     if tests:  # each rank answers its share
         from evaluation import answering

@@ -17,19 +17,19 @@ of the model and of about one tensor more.
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Callable
 
+import cli  # isort: skip  # before torch: Ctrl-C during its import ends in one line
 import torch
 import torch.nn as nn
 
-import cli
 from official import adapter_files, clip_layouts, llama_layouts, released
 from official.configs import check_metadata
 from official.layouts import identify
 from official.mistakes import complain
+from official.saving import write_atomically
 from official.tensorfiles import Tensors, write_folder
 from official.tokenizer import special_ids, tokenizer_files, tokenizer_path
 
@@ -122,7 +122,7 @@ def convert(src: Path, dst: Path) -> None:
     config, tensors = llama_layouts.to_hf(*read_llama(src))
     write_folder(dst, config | special_ids(tokenizer), tensors)
     for file in tokenizer_files(tokenizer):
-        shutil.copyfile(file, dst / file.name)
+        write_atomically(dst / file.name, file.read_bytes())
 
 
 def show(path: Path) -> str:

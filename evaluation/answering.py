@@ -21,6 +21,7 @@ import data
 import lavin
 import prompts
 from evaluation import scores
+from official.saving import append, claim, named, write_atomically
 from official.tokenizer import Tokenizer
 from prompts import Sample
 from speed.step import FastStep
@@ -134,9 +135,9 @@ def answer_split(model, tokenizer, samples: list[Sample], out: Path, max_new_tok
     parts = gather(texts)
     if rank == 0:
         texts = {id: text for part in parts for id, text in part.items()}
-        (out / "predictions.json").write_text(json.dumps(texts, indent=0))
+        write_atomically(out / "predictions.json", json.dumps(texts, indent=0).encode())
         result = scores.scienceqa(samples, texts)
-        (out / "scores.json").write_text(json.dumps(result))
+        write_atomically(out / "scores.json", json.dumps(result).encode())
         print(scores.scienceqa_table(result))
 
 
@@ -160,7 +161,7 @@ def resume(path: Path, run: dict) -> dict:
     head, *rows = text.split("\n")
     try:
         before = dict(json.loads(head)["run"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: exists, but is not a file of predictions; give another --out") from None
     for name, value in run.items():
         if before.get(name) != value:
@@ -171,7 +172,7 @@ def resume(path: Path, run: dict) -> dict:
         try:
             row = json.loads(row)
             done[row["id"]] = row["prediction"]
-        except (ValueError, KeyError, TypeError):  # the incomplete line, or the empty one after the last line
+        except (ValueError, KeyError, TypeError, RecursionError):  # an incomplete line, or the end
             pass
     return done
 
@@ -198,6 +199,9 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     run = {**run, "adapters": hashlib.sha256(Path(cfg.adapters).read_bytes()).hexdigest()[:16],
            "questions": fingerprint(samples), "dtype": str(dtype).removeprefix("torch.")}
+    if out and rank == 0:
+        claim(Path(out).parent, f"{Path(out).name}.lock")
+    barrier()  # no process reads `out` before it is known that no other run writes to it
     done = resume(Path(out), run) if out else {}
     left = [s for s in samples if s.id not in done]
     if done and rank == 0:
@@ -208,12 +212,13 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
         if out and rank == 0:
             start_file(Path(out), run, done)
         barrier()
-        file, mine = open(out, "ab", buffering=0) if out else None, {}
+        with named(out):
+            file, mine = open(out, "ab", buffering=0) if out else None, {}
 
         def write(new: dict) -> None:
             mine.update(new)
-            if file:  # a single system call, so that the processes' lines do not mix
-                file.write(json_lines(new).encode())
+            if file:
+                append(file, json_lines(new))
 
         work(model, tokenizer, left[rank::ranks], write)
         for part in gather(mine):
@@ -227,10 +232,7 @@ def json_lines(predictions: dict) -> str:
 
 def start_file(path: Path, run: dict, done: dict) -> None:
     """Write the line of the run and the predictions so far. This drops an incomplete last line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"run": run}) + "\n" + json_lines(done), encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, f"{json.dumps({'run': run})}\n{json_lines(done)}".encode())
 
 
 def barrier() -> None:

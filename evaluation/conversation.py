@@ -42,7 +42,8 @@ class Conversation:
         e = data.encode(sample, self.tokenizer, self.model.vit.n_cls if self.image else 0)
         room, kept = self.model.llama.cfg.max_seq_len, len(self.turns)
         if e.length >= room:
-            raise ValueError(f"the prompt has {e.length} tokens; the context holds {room}, answer included")
+            raise ValueError(f"the prompt has {e.length} tokens; the context holds {room}, answer included; "
+                             "shorten --prompt or --context")
         while self.turns and e.length + sum(map(len, self.turns)) + max_new_tokens > room:
             self.turns.pop(0)
         if len(self.turns) < kept:

@@ -7,20 +7,25 @@ from pathlib import Path
 import torch
 
 from cli import clock
-from official.adapter_files import write_atomically
+from official.saving import append, named, write_atomically
 
 
 class Log:
     """One line per interval, on stderr and in log.jsonl. Losses stay on the GPU until the interval ends."""
 
     def __init__(self, path: Path, total: int, first: int):
+        """total: steps of the whole run; first: what a resumed run has done. ValueError if first > total."""
+        if first > total:
+            raise ValueError(f"--steps {total}: {path} belongs to a run that has done {first} steps; "
+                             "give more --steps, or another --out")
         rows = path.read_bytes().splitlines(keepends=True) if path.is_file() and first else []
         try:
             rows = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= first]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}: a damaged line; delete it, or move the file away") from None
         write_atomically(path, b"".join(rows))  # steps after the checkpoint will be logged again
-        self.file = open(path, "a", buffering=1)
+        with named(path):
+            self.file = open(path, "ab", buffering=0)
         self.total, self.first, self.started = total, first, time.time()
         self.since, self.values, self.tokens = self.started, [], 0
 
@@ -41,6 +46,6 @@ class Log:
             row["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
         print(" | ".join([f"step {step}/{self.total}", *(f"{k} {v}" for k, v in row.items() if k != "step")]),
               file=sys.stderr)
-        self.file.write(json.dumps(row) + "\n")
+        append(self.file, json.dumps(row) + "\n")
         self.since, self.values, self.tokens = now, [], 0
         return losses

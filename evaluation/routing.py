@@ -1,4 +1,5 @@
 """Draw LLaMA's routing weights: one pair of bars per layer, for text input and for image input."""
+import io
 import sys
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lavin import LaVIN
+from official.saving import write_atomically
 
 BLUE, ORANGE = (66, 99, 180), (226, 150, 66)
 
@@ -32,7 +34,9 @@ def picture(w: torch.Tensor, file: Path) -> None:
             draw.text((4, y + 2), f"layer {i}", fill="black")
             draw.rectangle((x, y + 2, x + width * w0, y + row - 3), fill=BLUE)
             draw.rectangle((x + width * w0, y + 2, x + width, y + row - 3), fill=ORANGE)
-    image.save(file)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomically(file, content.getvalue())
 
 
 def show_routing(model: LaVIN, file: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import prompts
+from official.saving import write_atomically
 from prompts import LETTERS, Sample
 
 # --- files of predictions --------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def write_mme(folder: str | Path, samples: list[Sample], replies: dict[str, str]
         cells.append(" ".join(replies[s.id].split()))  # on one line
         lines[s.problem["task"]].append("\t".join(cells) + "\n")
     for task in lines:
-        Path(folder, f"{task}.txt").write_text("".join(lines[task]), encoding="utf-8")
+        write_atomically(Path(folder, f"{task}.txt"), "".join(lines[task]).encode())
 
 
 def mme(folder: str | Path) -> dict:

@@ -5,7 +5,6 @@ and fingerprint of the base, prompt format. The checkpoints that the authors rel
 """
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -14,19 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from official.mistakes import BadFile, damaged
-from official.tensorfiles import load_torch
+from official.saving import write_atomically
+from official.tensorfiles import check_tensors, load_torch, unusable
 
 FORMAT = "lavin-adapters"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file, fsync, rename: after a crash there is the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
+FLAG = str | int | float  # what the description of a run holds
+AGAIN = "run without --resume to start again"
 
 
 def write_adapters(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
@@ -94,11 +86,29 @@ def read_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()  # torch does not compare the checksums
     except (zipfile.BadZipFile, NotImplementedError, OSError) as e:
-        raise damaged(path, e) from None
+        raise damaged(path, e, AGAIN) from None
     if bad:
-        raise damaged(path, f"wrong checksum of {bad}")
+        raise damaged(path, f"wrong checksum of {bad}", AGAIN)
     state = load_torch(path)
-    if not isinstance(state, dict) or not {"step", "run", "optimizer", "adapters"} <= state.keys() \
-            or not isinstance(state["run"], dict):
-        raise BadFile(f"{path}: not a checkpoint that train.py wrote")
+    kinds = {"step": int, "run": dict, "optimizer": dict, "adapters": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kinds[key]) for key in kinds) \
+            or not 0 <= state["step"] < 2**53 or not all(isinstance(x, FLAG) for x in state["run"].values()):
+        raise BadFile(f"{path}: not a checkpoint that train.py wrote; {AGAIN}")
+    check_tensors(path, state["adapters"])
     return state
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict, path: Path) -> None:
+    """Give AdamW the moments in `state`, its state_dict() in a checkpoint; ValueError if they do not fit.
+
+    The options, such as weight decay, stay those of `optimizer`: they come from the flags of the run.
+    """
+    params, saved = [p for group in optimizer.param_groups for p in group["params"]], state.get("state")
+    expected = {i: {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}
+                for i, p in enumerate(params)}
+    shape = lambda t: list(t.shape) if unusable(t) is None and t.dtype == torch.float32 else None
+    found = {i: {name: shape(t) for name, t in moments.items()} for i, moments in saved.items()
+             if isinstance(moments, dict)} if isinstance(saved, dict) else None
+    if found != expected:
+        raise BadFile(f"{path}: the optimizer's state is not that of this model; {AGAIN}")
+    optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})

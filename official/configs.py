@@ -3,7 +3,8 @@ import json
 from pathlib import Path
 from typing import Callable
 
-from official.mistakes import BadFile, check_file, described
+import prompts
+from official.mistakes import BadFile, check_file, described, shown
 
 LARGEST = 64 * 2**20  # bytes of a JSON file; the index of a large model has less than one million
 
@@ -66,6 +67,16 @@ class Config:
         step = times * self.whole(of)
         self.value(key, lambda x: x % step == 0, f"a multiple of {step}, for {self.values[of]} {of}")
 
+    def one_of(self, key: str, *known: str) -> str:
+        return self.value(key, lambda x: isinstance(x, str) and x in known, " or ".join(known))
+
+    def only(self, *known: str) -> None:
+        """ValueError if there is a key that our version does not know."""
+        for key in self.values:
+            if key not in known:
+                raise BadFile(f"{self.file}: {self.prefix}{shown(key)} is unknown, expected "
+                              f"{', '.join(known)}; use the version of this project that wrote the file")
+
     def expect(self, expected: dict, what: str) -> None:
         """ValueError if a value asks for something that our model does not compute."""
         for key, value in expected.items():
@@ -86,17 +97,25 @@ def check_metadata(file: Path, meta: object) -> None:
     adapter = lavin.section("adapter")
     llama.whole("dim")
     llama.whole("n_layers", most=1000)
-    adapter.text("kind")
+    lavin.only("adapter", "vision", "vit_adapters", "vit_routing", "neck_dim", "normalize")
+    adapter.only("kind", "dim", "scale", "tau", "dropout")
+    adapter.one_of("kind", "mm", "rep")
     adapter.value("dim", lambda x: type(x) is int and x in range(2, 2**14, 2), "an even number below 16384")
     adapter.number("scale")
     adapter.number("tau")
     adapter.value("dropout", lambda x: type(x) in (int, float) and 0 <= x < 1, "a number from 0 to below 1")
     for key in ("vision", "vit_adapters"):
         lavin.flag(key)
-    for key in ("vit_routing", "normalize"):
-        lavin.text(key)
+    lavin.one_of("vit_routing", "cls", "token")
+    lavin.one_of("normalize", "imagenet", "clip")
     lavin.whole("neck_dim", most=2**14)
     cfg.text("base", "")  # null in released files
-    cfg.text("format")
     cfg.flag("captions")
     cfg.whole("max_new_tokens")
+    try:
+        prompts.check_format(cfg.text("format"))
+        list(prompts.mixture(cfg.section("train").text("data", "-")))  # released files do not know their data
+    except BadFile:
+        raise
+    except ValueError as e:
+        raise BadFile(f"{file}: metadata: {e}; restore the original file") from None

@@ -6,9 +6,9 @@ class BadFile(ValueError):
     """A file that our readers refuse."""
 
 
-def damaged(file: Path, reason: object) -> BadFile:
+def damaged(file: Path, reason: object, hint: str = "download it again") -> BadFile:
     reason = str(reason).strip().partition("\n")[0].partition(". ")[0]
-    return BadFile(f"{file}: damaged or cut short ({shown(reason)}); download it again")
+    return BadFile(f"{file}: damaged or cut short ({shown(reason)}); {hint}")
 
 
 def refused(file: Path, reason: str) -> BadFile:

@@ -3,6 +3,7 @@
 phi_d and phi_u are 1x1 convolutions there, with weights [out, in, 1].
 """
 import argparse
+import io
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from official.configs import Config
 from official.mistakes import BadFile, described
 from official.names import check_shapes, take
+from official.saving import write_atomically
 from official.tensorfiles import check_tensors, load_torch
 
 ADAPTER = {"phi_d": "conv_A", "phi_u1": "conv_B", "phi_u2": "conv_D", "f_w": "expert_weights"}
@@ -90,4 +92,6 @@ def write_released(dst: Path, tensors: dict[str, torch.Tensor], meta: dict, src:
     args = argparse.Namespace(adapter_dim=adapter["dim"], adapter_scale=adapter["scale"],
                               temperature=adapter["tau"], prompt_format=meta["format"],
                               use_caption=meta["captions"])
-    torch.save({"model": model, "args": args}, dst)
+    file = io.BytesIO()
+    torch.save({"model": model, "args": args}, file)
+    write_atomically(dst, file.getvalue())

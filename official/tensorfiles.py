@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from official.configs import read_json
 from official.mistakes import BadFile, check_file, complain, damaged, described, refused, shown
+from official.saving import atomic, write_atomically
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # safetensors' names
@@ -84,7 +85,7 @@ def open_safetensors(file: Path, mapped: Mapped) -> Tensors:
 
 
 def write_safetensors(file: Path, tensors: Tensors) -> None:
-    """Write a temporary file, then rename it. One tensor is in memory at a time; save_file needs all."""
+    """Atomic. One tensor is in memory at a time; safetensors' own save_file needs all."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
@@ -92,12 +93,10 @@ def write_safetensors(file: Path, tensors: Tensors) -> None:
         header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)  # the bytes of the tensors begin at a multiple of 64
-    part = file.with_name(file.name + ".part")
-    with open(part, "wb") as f:
+    with atomic(file) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
             f.write(t().contiguous().flatten().view(torch.uint8).numpy())
-    part.replace(file)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -216,6 +215,7 @@ def write_folder(folder: Path, config: dict, tensors: Tensors, limit: int = 5 * 
     if n > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_atomically(folder / "model.safetensors.index.json", f"{json.dumps(index, indent=2)}\n".encode())
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n")
+    config = json.dumps({**config, "torch_dtype": dtype}, indent=2)
+    write_atomically(folder / "config.json", f"{config}\n".encode())

@@ -96,7 +96,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"the text {ascii(text[:60])} is not valid UTF-8") from None
+            raise ValueError(f"the text {ascii(text[:60])} is not valid UTF-8; type --prompt anew") from None
         return self.to_ids(text)
 
     def decode(self, ids: list[int]) -> str:

@@ -326,6 +326,7 @@ def test_mistakes_are_one_line(run, world, tmp_path):
     (tmp_path / "coco/val2014/COCO_val2014_000000000104.jpg").unlink()
     lacking = message("coco", "--data", tmp_path / "coco", "--out", tmp_path / "c.jsonl")
     assert "000000000104.jpg: no such picture, needed by sample 104" in lacking
+    assert "--data a,b: expected one folder" in message("coco", "--data", "a,b")
     text_only = ("--no-vision", "--adapter", "rep", "--steps", 1, "--split", "")
     call(train.main, "--data", world / "s", "--out", tmp_path / "text", *TINY, *text_only)
     for name in ("mme", "coco"):

@@ -830,6 +830,12 @@ def test_released_tensors_of_the_wrong_type(tmp_path, name, value, message):
     ("lavin", "neck_dim", HUGE, "lavin.neck_dim is 1000000000000"),
     ("lavin", "vision", "yes", "lavin.vision is 'yes'"),
     ("lavin", "vit_routing", 3, "lavin.vit_routing is 3"),
+    ("lavin", "vit_routing", "tokens", "lavin.vit_routing is 'tokens', expected cls or token"),
+    ("lavin", "normalize", "none", "lavin.normalize is 'none', expected imagenet or clip"),
+    ("lavin adapter", "kind", "lora", "lavin.adapter.kind is 'lora', expected mm or rep"),
+    ("", "format", "QCM-X", "metadata: unknown prompt format 'QCM-X'"),
+    ("", "train", [1], "metadata train is a list"), ("", "train", {"data": 3}, "metadata train.data is 3"),
+    ("", "train", {"data": "soup:x"}, "metadata: --data soup:x: unknown kind"),
     ("llama", "dim", -32, "llama.dim is -32"), ("llama", "n_layers", [3], "llama.n_layers is a list"),
     ("", "llama", None, "llama.dim is missing"), ("", "lavin", [1], "lavin is a list"),
     ("", "base", 3, "metadata base is 3"), ("", "format", 3, "metadata format is 3"),
@@ -846,6 +852,20 @@ def test_adapter_metadata_of_the_wrong_type(tmp_path, section, key, value, messa
     place[key] = value
     adapter_files.write_adapters(file, tensors, meta)
     adapters_fail(file, "a.safetensors: ", message, "restore the original file")
+
+
+@pytest.mark.parametrize("section", ["lavin", "lavin adapter"])
+def test_adapter_metadata_with_an_unknown_key(tmp_path, section):
+    """An earlier version passed the key on to a dataclass, which raised a TypeError."""
+    file = tmp_path / "a.safetensors"
+    make_lavin().save(file, **SETTINGS)
+    tensors, meta = adapter_files.read_adapters(file)
+    place = meta
+    for name in section.split():
+        place = place[name]
+    place["rank"] = 4
+    adapter_files.write_adapters(file, tensors, meta)
+    adapters_fail(file, f"metadata {section.replace(' ', '.')}.rank is unknown, expected ", "use the version")
 
 
 @pytest.mark.parametrize("config", ["[1]", "3", "{", "[" * 10**5, None])

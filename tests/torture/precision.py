@@ -1,0 +1,52 @@
+"""Train the tiny model in bf16 and in fp32, three seeds each. The scores must agree within the seeds' noise.
+
+Both curves of the loss go to curves.csv. Noise is the largest difference between two seeds of one dtype, at
+least one point: bf16 may move the mean by no more than that.
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+
+import train
+from tiny import world
+
+from . import TINY, Row, ended, forked
+
+FULL = 150  # steps of 32 samples
+SEEDS = 3
+
+
+def run(folder: Path, seed: int, count: int) -> Iterator[Row]:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    shutil.rmtree(folder, ignore_errors=True)
+    world.write(folder / "w", seed=5, sizes={"test": min(200, 10 * count), "val": 1, "train": 32 * count})
+    curves, scores = {}, {}
+    for dtype in ("fp32", "bf16"):
+        for s in range(seed, seed + SEEDS):
+            out = folder / f"{dtype}-{s}"
+            argv = [*TINY, "--data", folder / "w", "--out", out, "--dtype", dtype, "--seed", s]
+            status = ended(forked(train.main, [*argv, "--log_every", 5], folder / "log"), 1500)
+            assert status == 0, (folder / "log").read_text()[-400:]
+            curves[dtype, s] = {r["step"]: r["loss"] for r in map(json.loads, open(out / "log.jsonl"))}
+            scores[dtype, s] = json.loads((out / "scores.json").read_text())["accuracy"]["Avg"]
+    steps = sorted(set.intersection(*(set(c) for c in curves.values())))
+    lines = [",".join(["step", *(f"{dtype} seed {s}" for dtype, s in curves)])]
+    lines += [",".join(map(str, [step, *(c[step] for c in curves.values())])) for step in steps]
+    (folder / "curves.csv").write_text("\n".join(lines) + "\n")
+    last = {run: 100 * curve[steps[-1]] for run, curve in curves.items()}
+    for what, value in (("accuracy", scores), ("last loss x 100", last)):
+        of = lambda dtype, value=value: np.array([x for run, x in value.items() if run[0] == dtype])
+        fp32, bf16 = of("fp32"), of("bf16")
+        noise = max(1.0, np.ptp(fp32), np.ptp(bf16))
+        row = Row(f"bf16 and fp32, {count} steps: {what}", tried=2 * SEEDS)
+        row.note = f"fp32 {fp32.round(2).tolist()}, bf16 {bf16.round(2).tolist()}, noise {noise:.2f}"
+        if abs(fp32.mean() - bf16.mean()) > noise:
+            row.lost.append(row.note)
+        yield row
+    if keep := os.environ.get("TORTURE_CURVES"):
+        shutil.copyfile(folder / "curves.csv", keep)
