@@ -281,7 +281,7 @@ def quote(cfg) -> str:
         f"micro-batch {cfg.micro_batch} x {longest.length} tokens",
         *table({**peak, "peak": sum(peak.values())}, {"GB": 1e9, "MB": 1e6}),
         f"memory to answer, one row of {longest.length} tokens",
-        *table({"peak of answering": sum(answering(model, dtype, longest.length).values())}, {"GB": 1e9, "MB": 1e6}),
+        *table({"to answer": sum(answering(model, dtype, longest.length).values())}, {"GB": 1e9, "MB": 1e6}),
         f"work, {cfg.epochs:g} x {len(problems):,} problems as in {source}, "
         f"{load.tokens / len(problems):.0f} tokens each on average",
         *table({**work, "all": sum(work.values())}, {"PFLOP": 1e15, "TFLOP": 1e12}),
@@ -290,7 +290,7 @@ def quote(cfg) -> str:
 
 
 def row(name: str) -> str:
-    """A model with ViT-L/14: LLaMA's parameters, those that train, GB to train (also checkpointed), to answer.
+    """A model with ViT-L/14: LLaMA's parameters, those that train, GB to train (checkpointed), to answer.
 
     bf16; 4 samples of 512 tokens in training, 512 tokens of question and answer.
     """
