@@ -163,10 +163,3 @@ def process_group(backend: str, **options):
             dist.barrier()  # gloo aborts if one process leaves while another still sends
     finally:
         dist.destroy_process_group()
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15, 3700 -> 1:01:40"""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

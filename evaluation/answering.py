@@ -21,6 +21,7 @@ import data
 import lavin
 import prompts
 from evaluation import scores
+from evaluation.log import clock
 from official.saving import append, claim, named, write_atomically
 from official.tokenizer import Tokenizer
 from prompts import Sample
@@ -144,7 +145,7 @@ def answer_split(model, tokenizer, samples: list[Sample], out: Path, max_new_tok
 def show_progress(done: int, total: int, started: float) -> None:
     left = (time.time() - started) / done * (total - done)
     end = "" if done < total else "\n"
-    print(f"\ranswered {done} of {total}, ETA {cli.clock(left)} ", end=end, file=sys.stderr, flush=True)
+    print(f"\ranswered {done} of {total}, ETA {clock(left)} ", end=end, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_dry_run_prices_a_folder_on_its_own_data(run, tmp_path):
 
 
 def test_dry_run_knows_models_by_name_and_counts_tied_embeddings_once(run, tmp_path):
-    flags = "--dry_run", "--recipe", "paper", "--no-vision"
+    flags = "--dry_run", "--recipe", "paper", "--no-vision", "--data", "ScienceQA"  # not on this disk
     out, _ = run(train.main, *flags, "--llama", "Llama-3.2-1B")
     n_trained = 16 * 40_970 + 2 * 2048  # adapters of 16 layers, modality embedding
     assert f"{1_235_814_400 + n_trained:,} parameters, of which {n_trained:,} train" in out

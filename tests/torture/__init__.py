@@ -22,6 +22,12 @@ TINY = ["--llama", f"{ROOT}/tiny/llama", "--clip", f"{ROOT}/tiny/clip", "--devic
 import cli
 
 
+def checkpoint_of(model, optimizer, flags: dict) -> dict:
+    """What train.py writes after its first step."""
+    adapters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"step": 1, "run": flags, "optimizer": optimizer.state_dict(), "adapters": adapters}
+
+
 @dataclass
 class Row:
     """One line of the table. `lost` says of each failure what it was and how to see it again."""

@@ -22,11 +22,12 @@ from adapters import trainable
 from evaluation import answering, ending, scores
 from evaluation.log import Log
 from evaluation.routing import show_routing
+from official.adapter_files import write_checkpoint
 from official.saving import append
 from prompts import Sample
 from tiny import world
 
-from . import Row, ended, forked
+from . import Row, checkpoint_of, ended, forked
 
 FULL = 400  # sizes of a disk for each large file, and a 20th of it whole runs
 
@@ -63,7 +64,8 @@ def saves(folder: Path) -> dict[str, tuple[Path, Callable]]:
         weights.convert(hf, copy)
 
     found = {
-        "checkpoint": ("checkpoint.pt", lambda file: train.save_checkpoint(file, model, optimizer, 1, state)),
+        "checkpoint": ("checkpoint.pt", lambda file: write_checkpoint(
+            file, checkpoint_of(model, optimizer, state))),
         "adapters": ("a.safetensors", lambda file: model.save(
             file, format="QCM-A", captions=False, max_new_tokens=8)),
         "exported adapters": ("a.pth", lambda file: weights.export_adapters(folder / "a.safetensors", file)),

@@ -31,10 +31,11 @@ from evaluation import answering, benchmarks, ending, scores
 from evaluation.log import Log
 from llama import LLaMA
 from official import llama_layouts
+from official.adapter_files import write_checkpoint
 from official.images import open_image
 from official.tokenizer import Tokenizer
 
-from . import ROOT, Row, more_memory
+from . import ROOT, Row, checkpoint_of, more_memory
 
 FULL = 250  # for each target
 LIMIT = 20
@@ -269,7 +270,7 @@ def targets(folder: Path) -> dict[str, Target]:
     model(make_batch(ROWS)).backward()
     optimizer.step()
     flags = {name: getattr(cfg, name) for name in train.MUST_MATCH}
-    train.save_checkpoint(folder / "checkpoint.pt", model, optimizer, 1, flags)
+    write_checkpoint(folder / "checkpoint.pt", checkpoint_of(model, optimizer, flags))
 
     def checkpoint():
         train.load_checkpoint(folder / "checkpoint.pt", model, optimizer, flags)
