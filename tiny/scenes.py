@@ -11,8 +11,8 @@ A scene fixes what is there; `draw` chooses how it looks (tint, background, outl
 noise). `draw` varies widely everything that a description does not mention, so that a model trained on these
 pictures also reads pictures that a person makes with another program.
 
-Six of the 36 pairs of colour and shape are held out (`UNSEEN`): no scene for training has one of them. A model
-that names a red star has therefore put it together from red things and from stars.
+Six of the 36 pairs of colour and shape are held out (`UNSEEN`): no scene for training has one of them. A
+model that names a red star has therefore put it together from red things and from stars.
 """
 
 import colorsys
@@ -30,8 +30,8 @@ NUMBERS = ("one", "two", "three", "four", "five", "six")
 POSITIONS = ("left", "right", "top", "bottom", "middle")
 RELATIONS = ("left", "right", "above", "below")
 KINDS = ("one", "two", "three", "many")
-UNSEEN = {("red", "star"), ("yellow", "heart"), ("green", "cross"), ("blue", "triangle"), ("purple", "square"),
-          ("black", "circle")}      # every colour and every shape once
+UNSEEN = {("red", "star"), ("yellow", "heart"), ("green", "cross"), ("blue", "triangle"),
+          ("purple", "square"), ("black", "circle")}    # every colour and every shape once
 
 PLURAL = {"circle": "circles", "square": "squares", "triangle": "triangles",
           "star": "stars", "cross": "crosses", "heart": "hearts"}
@@ -101,7 +101,7 @@ def ordered(scene: Scene) -> Scene:
 
 
 def where_each(scene: Scene) -> tuple:
-    """The place of each thing, in the order of scene.things: words of POSITIONS. A crowd has no places: ()."""
+    """The place of each thing, in the order of scene.things: words of POSITIONS. A crowd has none: ()."""
     if scene.kind == "many":
         return ()
     if scene.kind == "one":
@@ -172,7 +172,7 @@ def random_scene(rng: random.Random, kind: str, seen: bool = True) -> Scene:
 
 
 def phrases(scene: Scene) -> tuple:
-    """A phrase for each thing in the order of scene.things: "a big red circle on the left". A crowd has one."""
+    """For each thing, in the order of scene.things: "a big red circle on the left". A crowd has one phrase."""
     t = scene.things[0]
     if scene.kind == "many":
         return (f"{NUMBERS[len(scene.things) - 1]} {t.size} {t.color} {PLURAL[t.shape]}",)
@@ -252,9 +252,9 @@ def _background(rng: random.Random) -> tuple:
     return tuple(min(255, grey + rng.randint(-hue, hue)) for _ in range(3))
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, fill: tuple, outline: bool, turn: float,
-                width: int, rng: random.Random):
-    """One polygon, filled or as a thick line. width: of the canvas in pixels; turn: greatest rotation, degrees."""
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, fill: tuple, outline: bool,
+                turn: float, width: int, rng: random.Random):
+    """One polygon, filled or as a thick line. turn: greatest rotation in degrees; width: of the canvas."""
     half = extent / 2
     angle = math.radians(rng.uniform(-turn, turn))
     cos, sin = math.cos(angle), math.sin(angle)
