@@ -23,8 +23,8 @@ import random
 
 from tiny import scenes, words, world
 
-DRILLED_WORDS = sorted({*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.NUMBERS, *scenes.PLURAL.values(),
-                        *scenes.POSITION_PHRASE.values(), *world.RELATION_OPTION.values(), "yes", "no",
+DRILLED_WORDS = sorted({*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.NUMBERS,
+                        *scenes.PLURAL.values(), *scenes.POSITION_PHRASE.values(), *world.RELATION_OPTION.values(), "yes", "no",
                         *world.PEOPLE, *world.OBJECTS, *world.DIGITS,
                         *(value for facts in world.FACTS for _, value in facts.pairs())})
 FACT_WORDS = {word for facts in world.FACTS for pair in facts.pairs() for word in pair}
@@ -299,7 +299,7 @@ class Corpus:
         return text, response(p)
 
     def random_scene(self, *kinds: str) -> scenes.Scene:
-        """Any scene: the pairs scenes.UNSEEN are kept from the image encoder and the adapters, not from here."""
+        """Any scene: scenes.UNSEEN is kept from the image encoder and the adapters, not from here."""
         return scenes.random_scene(self.rng, self.rng.choice(kinds), seen=self.rng.random() < 0.75)
 
     def scene(self, n: int, told: bool) -> Document:
@@ -386,13 +386,15 @@ class Corpus:
         bare = " ".join(word for slot in slots for word in slot)
         slot = rng.choice((piled(rng, slots), piled(rng, slots), piled(rng, slots), bare, whole))
         capital = lambda text: text[0].upper() + text[1:]
-        asked = [(rng.choice(SHORT), rng.choice((whole, article(thing), thing, noun, f"It is {article(thing)}.",
-                                                 f"{capital(article(thing))}."))),
+        asked = [(rng.choice(SHORT), rng.choice((whole, article(thing), thing, noun,
+                                                 f"It is {article(thing)}.", f"{capital(article(thing))}."))),
                  (rng.choice(DESCRIBE), rng.choice((f"{capital(whole)}.", f"There is {whole}.",
                                                     f"The picture shows {whole}.", whole)))]
-        asked.append((f"Is there {article(noun)}?", rng.choice(("yes", "Yes.", f"Yes, there is {article(noun)}."))))
+        asked.append((f"Is there {article(noun)}?",
+                      rng.choice(("yes", "Yes.", f"Yes, there is {article(noun)}."))))
         if (wrong := rng.choice(words.NOUNS)) not in bare.split():
-            asked.append((f"Is there {article(wrong)}?", rng.choice(("no", "No.", f"No, there is no {wrong}."))))
+            asked.append((f"Is there {article(wrong)}?",
+                          rng.choice(("no", "No.", f"No, there is no {wrong}."))))
         if thing != noun:
             kind = "color" if look in words.COLORS else "kind"
             ask = {"color": f"What color is the {noun}?", "kind": f"How does the {noun} look?"}[kind]
@@ -405,7 +407,8 @@ class Corpus:
             asked.append((f"Where is the {noun}?", rng.choice((where, f"It is {where}.", place,
                                                                f"The {noun} is {where}."))))
         if other:
-            asked.append(("What else is in the picture?", rng.choice((article(other), other, f"{article(other)}."))))
+            asked.append(("What else is in the picture?",
+                          rng.choice((article(other), other, f"{article(other)}."))))
         parts = [(f"Image: {slot}" if isinstance(slot, str) else slot, "")]
         for question, answer in rng.sample(asked, min(n, len(asked))):
             parts.append(self.choice(question, noun, words.NOUNS) if answer == noun and rng.random() < 0.5
@@ -441,7 +444,8 @@ class Corpus:
                  (said[1], f"Where is the {x}?", f"in the {place}"), (said[1], f"Who {past} the {x}?", a),
                  (said[2], f"Who has the {x}?", b), (said[2], f"Who gave {b} {article(x)}?", a),
                  (said[3], f"Where did {a} go?", f"to the {place}"), (said[3], f"Who was with {a}?", b),
-                 (said[5], f"What is {look}?", f"the {x}"), (said[4], f"What does {a} like?", f"to {verb} with {b}")]
+                 (said[5], f"What is {look}?", f"the {x}"),
+                 (said[4], f"What does {a} like?", f"to {verb} with {b}")]
         parts = [("Image: N/A", "")]
         for told, question, answer in rng.sample(asked, n):
             parts.append(self.asked(f"{told[0].upper()}{told[1:]} {question}", answer))

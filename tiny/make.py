@@ -43,7 +43,8 @@ def adapters() -> None:
             command = ["--adapters", f"{out}/adapters.safetensors", "--split", split, "--json"]
             result = run("evaluate.py", "scienceqa", *command, stdout=subprocess.PIPE, text=True).stdout
             columns[split] = json.loads(result)["columns"]["Avg"]
-        lines.append(f"{name:20}" + "  ".join(f"{c} {100 * right / n:.2f}" for c, (right, n) in columns.items()))
+        cells = [f"{column} {100 * right / n:.2f}" for column, (right, n) in columns.items()]
+        lines.append(f"{name:20}" + "  ".join(cells))
     shutil.copy(ROOT / "out/seed0/adapters.safetensors", ROOT / "tiny/adapters.safetensors")
     problems = json.loads((ROOT / "tiny/data/problems.json").read_text()).values()
     print(*lines, sep="\n")

@@ -30,6 +30,7 @@ from llama import LLaMA, LLaMAConfig  # noqa: E402
 from official.tokenizer import Tokenizer
 from tiny import corpus, scenes, world  # noqa: E402
 
+
 def train_tokenizer(path: Path) -> None:
     """Write a sentencepiece model like LLaMA's, whose every word is one piece.
 

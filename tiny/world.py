@@ -23,6 +23,7 @@ Two more splits ask what the training never showed:
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import random
 import sys
@@ -33,7 +34,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from tiny import scenes  # noqa: E402
-from tiny.scenes import COLORS, NUMBERS, OPPOSITE, PLURAL, POSITION_PHRASE, SHAPES, SIZES  # noqa: E402
+from tiny.scenes import COLORS, NUMBERS, PLURAL, POSITION_PHRASE, SHAPES, SIZES  # noqa: E402
 
 LETTERS = "ABCDE"
 # in this order, so that no later split repeats a problem of an earlier one
@@ -42,8 +43,8 @@ SPLITS = {"test": 1200, "val": 400, "unseen": 300, "reworded": 300, "train": 100
 PEOPLE = ("Leo", "Amy", "Dan", "Kim", "Tim", "Sue", "Tom", "Ann", "Ben", "Eva", "Sam", "Mia", "Max", "Zoe",
           "Bob", "Jim", "Joe", "Liz")
 OBJECTS = ("lamp", "key", "shoe", "drum", "cake", "ring", "clock", "spoon", "bell", "coat", "ball", "kite",
-           "book", "cup", "hat", "box", "doll", "bag", "pen", "bike", "chair", "plate", "rope", "coin", "glove",
-           "phone", "flag", "brush", "ticket", "pillow")
+           "book", "cup", "hat", "box", "doll", "bag", "pen", "bike", "chair", "plate", "rope", "coin",
+           "glove", "phone", "flag", "brush", "ticket", "pillow")
 GENERIC_HINTS = ("The picture shows some shapes.", "Look at the picture.", "Use the picture to answer.")
 
 
@@ -225,11 +226,12 @@ class Asker:
         asked = []
         if len({thing.shape for thing in scene.things}) == len(scene.things):
             asked += [q for thing in scene.things for q in self.thing(scene, thing)]
-            asked += [q for a in scene.things for b in scene.things if a is not b for q in self.pair(scene, a, b)]
+            asked += [q for pair in itertools.permutations(scene.things, 2) for q in self.pair(*pair)]
         return asked + [self.count("things", NUMBERS[len(scene.things) - 1])]
 
     def count(self, what: str, n: str) -> Question:
-        return Question("count", self.word(WORDINGS["count"], s=what), n, f"The number of {what} is {n}.", NUMBERS)
+        text = self.word(WORDINGS["count"], s=what)
+        return Question("count", text, n, f"The number of {what} is {n}.", NUMBERS)
 
     def thing(self, scene: scenes.Scene, thing: scenes.Thing) -> list[Question]:
         """Questions about one of a few things, whose shapes and colors differ."""
@@ -279,7 +281,7 @@ class Asker:
         text = self.word(WORDINGS["there"], Are="Are", are="are", w=f"{said} {shapes}")
         return Question("yes or no", text, yes, f"There are {n} {shapes}, so {yes}.", ("yes", "no"))
 
-    def pair(self, scene: scenes.Scene, thing: scenes.Thing, other: scenes.Thing) -> list[Question]:
+    def pair(self, thing: scenes.Thing, other: scenes.Thing) -> list[Question]:
         """Questions about two things: where is the first, seen from the other, and which is bigger?"""
         s, o = thing.shape, other.shape
         where = RELATION_OPTION[direction(thing, other)]
@@ -292,7 +294,7 @@ class Asker:
         return asked
 
     def about(self, scene: scenes.Scene, kind: str = "") -> Question | None:
-        """One question about the scene, of the given kind or of a random one; None if the kind does not fit."""
+        """One question about the scene, of this kind or of a random one; None if the kind does not fit."""
         asked = self.scene(scene)
         kind = kind or self.rng.choice(sorted({q.kind for q in asked}))
         return self.rng.choice([q for q in asked if q.kind == kind] or [None])
@@ -361,7 +363,8 @@ def random_rule(rng: random.Random, meaning: str, part: str = "") -> Rule:
         i = rng.randrange(1, len(words) - 1)
         answer, asked = words[i + (1 if meaning == "after" else -1)], words[i]
         others = [w for w in words if w != asked]
-        return Rule(meaning, hint, {"w": asked}, answer, f"The word {{m}} {asked} is {answer}.", tuple(others))
+        solution = f"The word {{m}} {asked} is {answer}."
+        return Rule(meaning, hint, {"w": asked}, answer, solution, tuple(others))
     if meaning in ("most", "fewest"):
         n = rng.randint(3, 4)
         cast = Cast(rng.sample(mine(PEOPLE), n), [str(x) for x in rng.sample(range(1, 10), n)])
@@ -373,9 +376,10 @@ def random_rule(rng: random.Random, meaning: str, part: str = "") -> Rule:
         if a >= b and part in ("", "test" if (3 * a + b) % 4 == 0 else "train"):
             break
     answer, other = (a + b, a - b) if meaning == "plus" else (a - b, a + b)
-    near = [str(x) for x in (other, answer + 1, answer - 1, answer + 2, other + 1) if 0 <= x <= 18 and x != answer]
+    near = (other, answer + 1, answer - 1, answer + 2, other + 1)
+    wrong = dict.fromkeys(str(x) for x in near if 0 <= x <= 18 and x != answer)
     return Rule(meaning, "", {"a": str(a), "b": str(b)}, str(answer), f"{a} {{m}} {b} is {answer}.",
-                (str(answer), *dict.fromkeys(near)))
+                (str(answer), *wrong))
 
 
 def ask_rule(asker: Asker, rule: Rule, m: str) -> Question:
@@ -473,8 +477,9 @@ RULE_SUBJECTS = {
     **dict.fromkeys(("after", "before"), ("language science", "word order",
                                           "Blick means after, and fep means before.")),
     **dict.fromkeys(("most", "fewest"), ("social science", "tables",
-                                         "The one with the glim has the most, the one with the snib the fewest.")),
-    **dict.fromkeys(("plus", "minus"), ("natural science", "sums", "Zum adds two numbers, mib subtracts them.")),
+                                         "Who has the glim has the most, who has the snib the fewest.")),
+    **dict.fromkeys(("plus", "minus"), ("natural science", "sums",
+                                        "Zum adds two numbers, mib subtracts them.")),
 }
 
 
@@ -510,7 +515,7 @@ def split_problems(seed: int, split: str, n: int, closed: set):
 
 def write(out: Path, seed: int = 0, sizes: dict[str, int] = SPLITS) -> dict[str, dict]:
     """Write the world to a folder and return its problems by id."""
-    problems, pids, closed = {}, {split: [] for split in ("train", "val", "test")} | {split: [] for split in sizes}, set()
+    problems, pids, closed = {}, {split: [] for split in sizes}, set()
     for split, n in sizes.items():
         for p, picture in split_problems(seed, split, n, closed):
             pid = str(len(problems) + 1)
