@@ -47,7 +47,7 @@ from tiny import scenes as S  # noqa: E402
 @dataclass
 class Config:
     """Train the tiny CLIP image encoder on pictures of the small world."""
-    steps: int = 7500  # optimizer steps; 0 only probes the stored tower
+    steps: int = 4000  # optimizer steps; 0 only probes the stored tower
     batch: int = 64  # pictures a step
     lr: float = 2e-3  # warm-up over 200 steps, constant, then linear to 0
     decay: float = 0.35  # share of the steps in which the learning rate falls
