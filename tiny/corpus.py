@@ -134,13 +134,16 @@ class Corpus:
         self.asker = world.Asker(self.rng)
         self.closed = closed
         self.n_words, self.n_between = 6, 1  # lesson of the lookup drill: words and entries of BETWEEN in use
+        self.paired = False  # whether the drill of pairs is mastered too
 
     def document(self, turns: int) -> Document:
         """The next document: a drill until drills are mastered, then rarely; else up to `turns` questions."""
         dice = self.rng.random()
-        if not self.mastered() or dice < 0.04:
+        if not self.letters_mastered() or dice < 0.03:
             return self.lookup()
-        if dice < 0.20:
+        if not self.paired or dice < 0.10:
+            return self.pairs()
+        if dice < 0.38:
             return self.retrieval()
         return self.questions(turns)
 
@@ -181,12 +184,41 @@ class Corpus:
                          (f"{options[i]}{between}", f" {world.LETTERS[i]}."))
         return parts
 
+    def pairs(self) -> Document:
+        """Two to four pairs of words, then six times the word that stands beside another, further and further.
+
+        The first words of all pairs are of one kind and the second of another, so that the word asked with
+        tells on which side the answer stands.
+        """
+        rng = self.rng
+        firsts, seconds, fillers = rng.choice((
+            (scenes.COLORS, scenes.SHAPES, (" thing is a", " is")), (scenes.SIZES, scenes.SHAPES, ("", " is")),
+            (words.COLORS, words.NOUNS, (" one is the", " is")),
+            (words.ADJECTIVES, words.NOUNS, (" one is the", " is")),
+            (words.NAMES, words.NOUNS, (" has is the", " is")),
+            (world.PEOPLE, world.OBJECTS, (" has is the", " is")),
+            (words.NAMES, world.DIGITS[1:10], (" has", ", and the one who has it is"))))
+        n = min(rng.randint(2, 4), len(firsts), len(seconds))
+        first, second = rng.sample(firsts, n), rng.sample(seconds, n)
+        told = rng.choice((" ", " ", ", ")).join(f"{a} {b}" for a, b in zip(first, second))
+        parts = [(f"Image: N/A {told}.", "")]
+        for _ in range(6):
+            i, side = rng.randrange(n), rng.random() < 0.4 and firsts is not scenes.SIZES
+            key, value = (first[i], second[i]) if side else (second[i], first[i])
+            parts.append((key + (fillers[not side] if rng.random() < 0.5 else ""), f" {value}"))
+        return parts
+
     def mastered(self) -> bool:
+        return self.letters_mastered() and self.paired
+
+    def letters_mastered(self) -> bool:
         return (self.n_words, self.n_between) == (len(DRILLED_WORDS), len(BETWEEN))
 
     def harder(self) -> None:
-        """Go to the next lesson of the lookup drill: first more words, then more text before the letter."""
-        if self.n_words < len(DRILLED_WORDS):
+        """Go to the next lesson: more words, then more text before the letter, then pairs, then the end."""
+        if self.letters_mastered():
+            self.paired = True
+        elif self.n_words < len(DRILLED_WORDS):
             self.n_words = min(len(DRILLED_WORDS), int(self.n_words * 1.6))
         else:
             self.n_between = min(len(BETWEEN), self.n_between + 1)
@@ -195,11 +227,11 @@ class Corpus:
         """A few things or people, in bare words or sentences; then the last words of two solutions."""
         rng, style = self.rng, self.rng.randrange(3)  # bare words are easier: related words are closer
         dice = rng.random()
-        if dice < 0.2:
+        if dice < 0.25:
             cast = world.random_cast(rng)
             told = cast.told() if style else " ".join(f"{p} {t}" for p, t in zip(*cast))
             asked, hidden = [world.ask_people(rng, cast) for _ in range(6)], ()
-        elif dice < 0.4:
+        elif dice < 0.5:
             return self.ranks()
         else:
             scene = self.random_scene("two", "two", "three")
@@ -225,12 +257,18 @@ class Corpus:
     def ranks(self) -> Document:
         """A list or table of any words or digits, and the ends of sentences about places in it."""
         rng = self.rng
-        if rng.random() < 0.35:
+        dice = rng.random()
+        if dice < 0.15:
+            rules = [world.random_rule(rng, rng.choice(("plus", "minus"))) for _ in range(3)]
+            sums = [rule.solution.format(m=rule.meaning) for rule in rules]
+            return [("Image: N/A", ""), *((s.rpartition(" ")[0], " " + s.rpartition(" ")[2]) for s in sums)]
+        if dice < 0.6:
             people = rng.sample(words.NAMES, rng.randint(2, 4))
             numbers = rng.sample(range(1, 10), len(people))
             ranked = [person for _, person in sorted(zip(numbers, people))]
             told = " ".join(f"{p} {n}" for p, n in zip(people, numbers))
-            ends = [("the most is", ranked[-1]), ("the fewest is", ranked[0])]
+            ends = [("the most is", f"{max(numbers)}, and the one who has it is {ranked[-1]}"),
+                    ("the fewest is", f"{min(numbers)}, and the one who has it is {ranked[0]}")] * 2
             ends += [(f"{p} has", str(n)) for p, n in zip(people, numbers)]
         else:
             listed = rng.sample(words.CONTENT, rng.randint(3, 5))
@@ -331,8 +369,8 @@ class Corpus:
         """Lists, tables and sums, asked about in English: "first", not "wug"."""
         parts, rng = [("Image: N/A", "")], self.rng
         for _ in range(n):
-            rule = world.random_rule(rng, rng.choice(("first", "last", "second", "after", "after", "before",
-                                                      "before", "most", "fewest", "plus", "minus")))
+            rule = world.random_rule(rng, rng.choice(("first", "last", "second", "after", "before", "most",
+                                                      "most", "fewest", "fewest", "plus", "minus")))
             if rule.hint.startswith("List:") and rng.random() < 0.3:
                 rule = self.any_words(rule)
             q, hint = world.ask_rule(self.asker, rule, rule.meaning), rule.hint

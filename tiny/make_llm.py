@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "llama", help="folder for the finished files")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=30000)
-    parser.add_argument("--decay", type=int, default=3000, help="final steps over which the rate falls to 0")
+    parser.add_argument("--decay", type=int, default=3500, help="final steps over which the rate falls to 0")
     parser.add_argument("--tokens", type=int, default=2048, help="approximate number of tokens per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--dim", type=int, default=128)
@@ -239,12 +239,12 @@ def train(args, tokenizer: Tokenizer) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         stream = corpus.Corpus(args.seed + 1000 * step, stream.closed)  # fresh documents
-        stream.n_words, stream.n_between = state["lesson"]
+        stream.n_words, stream.n_between, stream.paired = state["lesson"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {step}", flush=True)
 
     source = batches(stream, tokenizer, args.tokens, lambda: 1 if step > args.steps - args.decay // 2 else 2)
     letters = torch.tensor([tokenizer.encode(c)[0] for c in world.LETTERS])
-    running, letter, seen, start = 3.0, 3.0, 0, time.time()
+    running, drill, seen, start = 3.0, 3.0, 0, time.time()
     for step in range(step + 1, args.steps + 1):  # noqa: B020
         rate = args.lr * min(1, step / 100, (args.steps - step + 1) / args.decay)
         for group in optimizer.param_groups:
@@ -259,16 +259,18 @@ def train(args, tokenizer: Tokenizer) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         running += 0.02 * (loss.item() - running)
-        if (named := torch.isin(wanted, letters)).any():
-            letter += 0.02 * (each[named].mean().item() - letter)
+        pairs = stream.letters_mastered() and not stream.paired  # then every response counts
+        drilled = torch.isin(wanted, letters) | pairs
+        if drilled.any():
+            drill += 0.02 * (each[drilled].mean().item() - drill)
         seen += rows.ids.numel()
-        if letter < 0.4 and not stream.mastered():
+        if drill < 0.4 and not stream.mastered():
             stream.harder()
-            letter = 0.8
+            drill = 0.8
         if step % 50 == 0:
             spent = time.time() - start
-            print(f"step {step} loss {running:.3f} letter {letter:.3f} lr {rate:.1e} "
-                  f"lesson {stream.n_words} words, {stream.n_between} between "
+            print(f"step {step} loss {running:.3f} drill {drill:.3f} lr {rate:.1e} "
+                  f"lesson {stream.n_words} words, {stream.n_between} between, pairs {stream.paired} "
                   f"{seen / spent:.0f} tokens/s {spent:.0f} s", flush=True)
         if step % 1000 == 0 or step == args.steps:
             score = accuracy(model, tokenizer, problems)
@@ -277,7 +279,7 @@ def train(args, tokenizer: Tokenizer) -> None:
                   flush=True)
             save(model, args.out)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                     "lesson": (stream.n_words, stream.n_between)}
+                     "lesson": (stream.n_words, stream.n_between, stream.paired)}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 

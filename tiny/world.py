@@ -368,9 +368,9 @@ def random_rule(rng: random.Random, meaning: str, part: str = "") -> Rule:
     if meaning in ("most", "fewest"):
         n = rng.randint(3, 4)
         cast = Cast(rng.sample(mine(PEOPLE), n), [str(x) for x in rng.sample(range(1, 10), n)])
-        answer = (max if meaning == "most" else min)(zip(cast.things, cast.people))[1]
-        return Rule(meaning, cast.counted(), {}, answer, f"The one with the {{m}} is {answer}.",
-                    tuple(cast.people))
+        number, answer = (max if meaning == "most" else min)(zip(cast.things, cast.people))
+        return Rule(meaning, cast.counted(), {}, answer,
+                    f"The {{m}} is {number}, and the one who has it is {answer}.", tuple(cast.people))
     while True:
         a, b = rng.randint(1, 9), rng.randint(1, 9)
         if a >= b and part in ("", "test" if (3 * a + b) % 4 == 0 else "train"):
@@ -504,7 +504,7 @@ def split_problems(seed: int, split: str, n: int, closed: set):
         picture = None
         if scene:
             file = io.BytesIO()
-            scenes.draw(scene, rng, 96).save(file, "PNG")
+            scenes.draw(scene, random.Random(rng.getrandbits(64)), 96).save(file, "PNG")
             picture = file.getvalue()
         if (prompt(p), picture) in closed:
             continue
