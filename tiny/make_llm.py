@@ -30,30 +30,29 @@ from llama import LLaMA, LLaMAConfig  # noqa: E402
 from official.tokenizer import Tokenizer
 from tiny import corpus, scenes, world  # noqa: E402
 
-VOCAB_SIZE = 1096  # 256 bytes, and just enough merges to make each word one piece
-
 
 def train_tokenizer(path: Path) -> None:
-    """Train a sentencepiece model like LLaMA's. Prompt marks and option letters are one piece each."""
-    stream = corpus.Corpus(0, set())
-    parts = [part for _ in range(6000) for part in stream.questions(3)]
-    text = [prompt + answer for prompt, answer in parts if isinstance(prompt, str)]
-    words = sorted({word for line in text for word in re.findall(r" ([A-Za-z]+)", line)})
-    starts = [f"\nResponse:{word}" for word in ("The", "There", "Seen", "A", "An")]  # no space before them
-    lines = (words + starts + ["The answer is A. B. C. D. E.", "Is this?"]) * 20  # repeated: no word is rare
-    marks = ["▁Image:", "▁Question:", "▁N/A", "\nContext:", "\nOptions:", "\nResponse:"]
+    """Write a sentencepiece model like LLaMA's, whose every word is one piece.
+
+    The pieces are given, none is merged from a text: words after a space, words that may follow "Response:"
+    directly, marks of the prompt, option letters, and single characters. Any other text falls into the
+    longest pieces from left to right, then into characters and bytes.
+    """
+    spaced = sorted({*corpus.ALL_WORDS, *corpus.FIRST_WORDS})
+    marks = ["▁Image:", "▁Question:", "▁Instruction:", "▁N/A", "\nContext:", "\nOptions:", "\nResponse:"]
     marks += [f"▁({letter})" for letter in world.LETTERS]
+    pieces = marks + [f"▁{word}" for word in spaced if len(word) > 1 or word.isdigit() or word in "aAI"]
+    pieces += [word for word in corpus.FIRST_WORDS if len(word) > 1]
+    pieces += [f"▁{letter}" for letter in world.LETTERS if f"▁{letter}" not in pieces]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=VOCAB_SIZE, model_type="bpe",
+        sentence_iterator=iter([f"-{c}" for c in corpus.CHARACTERS] * 20), model_writer=model, model_type="bpe",
+        vocab_size=3 + 256 + len(pieces) + len(corpus.CHARACTERS) + 1,  # 3: unknown, BOS, EOS; 1: the space
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=True, split_digits=True, character_coverage=1.0, user_defined_symbols=marks,
+        add_dummy_prefix=True, split_digits=True, character_coverage=1.0, user_defined_symbols=pieces,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    split = [word for word in words if len(pieces.encode(word)) > 1]
-    assert not split, f"words that are not one piece: {split}"
 
 
 def initialise(model: LLaMA) -> None:
@@ -118,22 +117,34 @@ def embed(model: LLaMA, rows: Rows, noise: float = 0.0) -> torch.Tensor:
 
 
 def held_out(n: int, seed: int = 1) -> dict[str, list]:
-    """n problems of each of 40 kinds, from a seed that training never uses.
+    """n problems of each kind, from a seed that training never uses.
 
     Each kind of scene question counts four times: with the scene in the hint, or in the image slot as a
-    sentence, a telegram or a stack.
+    sentence, a telegram or a stack. Lists, tables and sums are asked about in English, not in made-up words.
     """
     rng, kinds = random.Random(f"held out {seed}"), defaultdict(list)
-    letters = world.Letters(rng)
-    while len(kinds) < 4 * len(world.SCENE_KINDS) + 2 + len(world.FACTS) or min(map(len, kinds.values())) < n:
-        p, scene = world.problem(rng, letters)
-        slots = {p["kind"]: "Image: N/A"}
-        if scene:
-            slots = {p["kind"]: f"Image: {scenes.in_words(scene)}", p["kind"] + " telegram":
-                     f"Image: {corpus.telegram(rng, scene)}", p["kind"] + " stack": corpus.stack(rng, scene)}
-        for kind, slot in slots.items():
-            if len(kinds[kind]) < n:
-                kinds[kind].append([(slot, ""), (world.prompt(p), corpus.response(p))])
+    asker, letters = world.Asker(rng), world.Letters(rng)
+
+    def add(kind: str, slot, p: dict) -> None:
+        if len(kinds[kind]) < n:
+            kinds[kind].append([(slot, ""), (world.prompt(p), corpus.response(p))])
+
+    while len(kinds) < 4 * len(world.SCENE_KINDS) or min(map(len, kinds.values())) < n:
+        p, scene = world.scene_problem(asker, letters)
+        add(p["kind"], f"Image: {scenes.sentence(scene)}", p)
+        add(p["kind"] + " telegram", f"Image: {corpus.telegram(rng, scene)}", p)
+        add(p["kind"] + " stack", corpus.stack(rng, scene), p)
+        p, _ = world.scene_problem(asker, letters, told=True)
+        add(p["kind"], "Image: N/A", p)
+    for _ in range(n):
+        asked = [(world.ask_rule(asker, rule, m), rule.hint)
+                 for m in world.MADE_UP.values() for rule in [world.random_rule(rng, m)]]
+        cast = world.random_cast(rng)
+        asked += [(world.ask_people(rng, cast), cast.told())]
+        asked += [(world.ask_fact(rng, facts, *rng.choice(facts.pairs())), "") for facts in world.FACTS]
+        for q, hint in asked:
+            kind = "who has what" if hint.startswith("Who") else q.kind.removeprefix("made-up ")
+            add(kind, "Image: N/A", world.record(rng, letters, q, hint, "", "", ""))
     return kinds
 
 
@@ -183,12 +194,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="pretrain the tiny LLaMA on text")
     parser.add_argument("--out", type=Path, default=HERE / "llama", help="folder for the finished files")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--decay", type=int, default=1500, help="final steps over which the rate falls to 0")
+    parser.add_argument("--steps", type=int, default=30000)
+    parser.add_argument("--decay", type=int, default=3500, help="final steps over which the rate falls to 0")
     parser.add_argument("--tokens", type=int, default=2048, help="approximate number of tokens per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -219,7 +230,7 @@ def train(args, tokenizer: Tokenizer) -> None:
     initialise(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
                                   fused=True)
-    problems = held_out(64)
+    problems = held_out(40)
     stream = corpus.Corpus(args.seed, closed_prompts(problems))
     step, checkpoint = 0, args.work / "llm.pt"
     if checkpoint.is_file():
@@ -228,12 +239,12 @@ def train(args, tokenizer: Tokenizer) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         stream = corpus.Corpus(args.seed + 1000 * step, stream.closed)  # fresh documents
-        stream.n_words, stream.n_between = state["lesson"]
+        stream.n_words, stream.n_between, stream.paired = state["lesson"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {step}", flush=True)
 
     source = batches(stream, tokenizer, args.tokens, lambda: 1 if step > args.steps - args.decay // 2 else 2)
     letters = torch.tensor([tokenizer.encode(c)[0] for c in world.LETTERS])
-    running, letter, seen, start = 3.0, 3.0, 0, time.time()
+    running, drill, seen, start = 3.0, 3.0, 0, time.time()
     for step in range(step + 1, args.steps + 1):  # noqa: B020
         rate = args.lr * min(1, step / 100, (args.steps - step + 1) / args.decay)
         for group in optimizer.param_groups:
@@ -248,25 +259,27 @@ def train(args, tokenizer: Tokenizer) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         running += 0.02 * (loss.item() - running)
-        if (named := torch.isin(wanted, letters)).any():
-            letter += 0.02 * (each[named].mean().item() - letter)
+        pairs = stream.letters_mastered() and not stream.paired  # then every response counts
+        drilled = torch.isin(wanted, letters) | pairs
+        if drilled.any():
+            drill += 0.02 * (each[drilled].mean().item() - drill)
         seen += rows.ids.numel()
-        if letter < 0.4 and not stream.mastered():
+        if drill < 0.4 and not stream.mastered():
             stream.harder()
-            letter = 0.8
+            drill = 0.8
         if step % 50 == 0:
             spent = time.time() - start
-            print(f"step {step} loss {running:.3f} letter {letter:.3f} lr {rate:.1e} "
-                  f"lesson {stream.n_words} words, {stream.n_between} between "
+            print(f"step {step} loss {running:.3f} drill {drill:.3f} lr {rate:.1e} "
+                  f"lesson {stream.n_words} words, {stream.n_between} between, pairs {stream.paired} "
                   f"{seen / spent:.0f} tokens/s {spent:.0f} s", flush=True)
-        if step % 500 == 0 or step == args.steps:
+        if step % 1000 == 0 or step == args.steps:
             score = accuracy(model, tokenizer, problems)
             print(f"mean {sum(score.values()) / len(score):.3f} worst {min(score.values()):.2f} "
                   + " ".join(f"{k}={v:.2f}" for k, v in sorted(score.items(), key=lambda x: x[1])),
                   flush=True)
             save(model, args.out)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                     "lesson": (stream.n_words, stream.n_between)}
+                     "lesson": (stream.n_words, stream.n_between, stream.paired)}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 

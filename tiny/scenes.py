@@ -1,14 +1,18 @@
-"""The small world: scenes of coloured shapes, their captions and their pictures.
+"""The small world: scenes of coloured shapes, their descriptions and their pictures.
 
-A scene is a handful of things in the unit square. It comes in three kinds:
+A scene is a handful of things in the unit square. It comes in four kinds:
 
-    one    a thing at one of five places         "a big red circle on the left"
-    two    two things, side by side or stacked   "a big red circle above a small blue square"
-    many   two to five small copies of a thing   "three small red circles"
+    one    a thing at one of five places          "In the middle is a big red circle."
+    two    two things, side by side or stacked    "At the top is a big red circle, at the bottom a small .."
+    three  three things, in a row or in a column  "On the left is a big red circle, in the middle a small .."
+    many   two to six small copies of a thing     "There are three small red circles."
 
-A scene fixes what is there; `draw` chooses how it looks (tint, outline, fat or thin stars, noise).
-`draw` varies widely everything that a caption does not mention, so that a model trained on these pictures
-also reads pictures that a person makes with another program.
+A scene fixes what is there; `draw` chooses how it looks (tint, background, outline, fat or thin stars,
+noise). `draw` varies widely everything that a description does not mention, so that a model trained on these
+pictures also reads pictures that a person makes with another program.
+
+Six of the 36 pairs of colour and shape are held out (`UNSEEN`): no scene for training has one of them. A
+model that names a red star has therefore put it together from red things and from stars.
 """
 
 import colorsys
@@ -22,10 +26,12 @@ from PIL import Image, ImageDraw
 COLORS = ("red", "yellow", "green", "blue", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = ("big", "small")
-NUMBERS = ("one", "two", "three", "four", "five")
+NUMBERS = ("one", "two", "three", "four", "five", "six")
 POSITIONS = ("left", "right", "top", "bottom", "middle")
 RELATIONS = ("left", "right", "above", "below")
-KINDS = ("one", "two", "many")
+KINDS = ("one", "two", "three", "many")
+UNSEEN = {("red", "star"), ("yellow", "heart"), ("green", "cross"), ("blue", "triangle"),
+          ("purple", "square"), ("black", "circle")}    # every colour and every shape once
 
 PLURAL = {"circle": "circles", "square": "squares", "triangle": "triangles",
           "star": "stars", "cross": "crosses", "heart": "hearts"}
@@ -34,14 +40,15 @@ ANCHORS = {"left": (0.21, 0.5), "right": (0.79, 0.5), "top": (0.5, 0.21), "botto
            "middle": (0.5, 0.5)}
 POSITION_PHRASE = {"left": "on the left", "right": "on the right", "top": "at the top",
                    "bottom": "at the bottom", "middle": "in the middle"}
-RELATION_PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
-# width of a thing as a share of the picture's width
+# width of a thing as a share of the picture's width; three things in a line need more room
 EXTENT = {"big": (0.36, 0.50), "small": (0.17, 0.26)}
+EXTENT_OF_THREE = {"big": (0.26, 0.30), "small": (0.15, 0.19)}
 # the range of colours that people call by each name: hue in degrees, saturation, value
 HSV = {"red": ((-9, 8), (0.78, 1.0), (0.70, 1.0)), "yellow": ((47, 61), (0.75, 1.0), (0.88, 1.0)),
        "green": ((92, 150), (0.60, 1.0), (0.42, 0.95)), "blue": ((208, 242), (0.65, 1.0), (0.55, 1.0)),
        "purple": ((268, 302), (0.50, 1.0), (0.42, 0.85)), "black": ((0, 360), (0.0, 0.25), (0.0, 0.17))}
+CONTRAST = 80       # least distance in RGB of a thing from the background; black and white are 442 apart
 
 
 # ----------------------------------------------------------------------------------------------
@@ -62,6 +69,11 @@ class Scene:
     things: tuple   # of Thing
 
 
+def is_seen(scene: Scene) -> bool:
+    """Whether none of its things is one of the pairs held out."""
+    return not any((t.color, t.shape) in UNSEEN for t in scene.things)
+
+
 def position(scene: Scene) -> str:
     """Where the (first) thing is: one of POSITIONS."""
     t = scene.things[0]
@@ -69,11 +81,35 @@ def position(scene: Scene) -> str:
 
 
 def relation(scene: Scene) -> str:
-    """Where things[0] is as seen from things[1]: one of RELATIONS."""
+    """Where things[0] is as seen from things[1]: one of RELATIONS. For scenes of two things."""
     a, b = scene.things[:2]
     if abs(a.x - b.x) > abs(a.y - b.y):
         return "left" if a.x < b.x else "right"
     return "above" if a.y < b.y else "below"
+
+
+def is_row(scene: Scene) -> bool:
+    """Whether two or three things are side by side; otherwise they are stacked."""
+    return relation(scene) in ("left", "right")
+
+
+def ordered(scene: Scene) -> Scene:
+    """The same scene with two or three things listed from left to right or from top to bottom."""
+    if scene.kind not in ("two", "three"):
+        return scene
+    return Scene(scene.kind, tuple(sorted(scene.things, key=lambda t: t.x if is_row(scene) else t.y)))
+
+
+def where_each(scene: Scene) -> tuple:
+    """The place of each thing, in the order of scene.things: words of POSITIONS. A crowd has none: ()."""
+    if scene.kind == "many":
+        return ()
+    if scene.kind == "one":
+        return (position(scene),)
+    first, last = ("left", "right") if is_row(scene) else ("top", "bottom")
+    names = (first, "middle", last) if scene.kind == "three" else (first, last)
+    name_of = dict(zip(ordered(scene).things, names))
+    return tuple(name_of[t] for t in scene.things)
 
 
 def place(size: str, color: str, shape: str, where: str, rng: random.Random) -> Thing:
@@ -82,17 +118,20 @@ def place(size: str, color: str, shape: str, where: str, rng: random.Random) -> 
     return Thing(size, color, shape, x + rng.uniform(-0.07, 0.07), y + rng.uniform(-0.07, 0.07))
 
 
-def pair(first: tuple, second: tuple, rel: str, rng: random.Random) -> Scene:
-    """Two things, each (size, color, shape). rel: where the first is, seen from the second."""
-    if rel in ("right", "below"):                       # build the mirrored pair, then swap the two things
-        return Scene("two", pair(second, first, OPPOSITE[rel], rng).things[::-1])
-    across = 0.5 + rng.uniform(-0.11, 0.11)             # both lie roughly on one line
-    near, far = [(rng.uniform(0.23, 0.27) if t[0] == "big" else rng.uniform(0.14, 0.32),
-                  across + rng.uniform(-0.07, 0.07)) for t in (first, second)]
-    far = (1 - far[0], far[1])
-    if rel == "above":
-        near, far = near[::-1], far[::-1]
-    return Scene("two", (Thing(*first, *near), Thing(*second, *far)))
+def line(looks: list, row: bool, rng: random.Random) -> Scene:
+    """Two or three things, each (size, color, shape), from left to right (row) or from top to bottom."""
+    across = 0.5 + rng.uniform(-0.11, 0.11)             # all lie roughly on one line
+    things = []
+    for i, look in enumerate(looks):
+        if len(looks) == 3:
+            slack = 0.012 if look[0] == "big" else 0.03
+            along = (0.17, 0.5, 0.83)[i] + rng.uniform(-slack, slack)
+        else:
+            along = rng.uniform(0.23, 0.27) if look[0] == "big" else rng.uniform(0.14, 0.32)
+            along = 1 - along if i else along
+        spot = (along, across + rng.uniform(-0.07, 0.07))
+        things.append(Thing(*look, *(spot if row else spot[::-1])))
+    return Scene("two" if len(looks) == 2 else "three", tuple(things))
 
 
 def crowd(number: int, color: str, shape: str, rng: random.Random) -> Scene:
@@ -107,51 +146,58 @@ def crowd(number: int, color: str, shape: str, rng: random.Random) -> Scene:
     return Scene("many", tuple(Thing("small", color, shape, x, y) for x, y in spots))
 
 
-def random_scene(rng: random.Random, kind: str) -> Scene:
-    """A scene of that kind (of KINDS), every attribute uniform."""
+def _any_scene(rng: random.Random, kind: str) -> Scene:
     if kind == "one":
         size, color, shape, where = (rng.choice(names) for names in (SIZES, COLORS, SHAPES, POSITIONS))
         return Scene(kind, (place(size, color, shape, where, rng),))
-    if kind == "two":                                   # the two things differ in colour and in shape
-        colors, shapes = rng.sample(COLORS, 2), rng.sample(SHAPES, 2)
-        first, second = [(rng.choice(SIZES), c, s) for c, s in zip(colors, shapes)]
-        return pair(first, second, rng.choice(RELATIONS), rng)
+    if kind in ("two", "three"):                        # the things differ in colour and in shape
+        n = 2 if kind == "two" else 3
+        looks = [(rng.choice(SIZES), c, s) for c, s in zip(rng.sample(COLORS, n), rng.sample(SHAPES, n))]
+        scene = line(looks, rng.random() < 0.5, rng)
+        return Scene(kind, tuple(rng.sample(scene.things, n)))
     if kind == "many":
-        return crowd(rng.randint(2, 5), rng.choice(COLORS), rng.choice(SHAPES), rng)
+        return crowd(rng.randint(2, 6), rng.choice(COLORS), rng.choice(SHAPES), rng)
     raise ValueError(f"unknown kind of scene {kind!r}; there are {', '.join(KINDS)}")
 
 
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """One sentence without a full stop. `rng`: either of two things may come first; without it, things[0]."""
+def random_scene(rng: random.Random, kind: str, seen: bool = True) -> Scene:
+    """A scene of that kind (of KINDS), every attribute uniform, the things in random order.
+
+    seen: no thing is one of the pairs in UNSEEN. Otherwise at least one thing is.
+    """
+    while True:
+        scene = _any_scene(rng, kind)
+        if is_seen(scene) == seen:
+            return scene
+
+
+def phrases(scene: Scene) -> tuple:
+    """For each thing, in the order of scene.things: "a big red circle on the left". A crowd has one phrase."""
     t = scene.things[0]
-    if scene.kind == "one":
-        return f"a {t.size} {t.color} {t.shape} {POSITION_PHRASE[position(scene)]}"
     if scene.kind == "many":
-        return f"{NUMBERS[len(scene.things) - 1]} {t.size} {t.color} {PLURAL[t.shape]}"
-    u, rel = scene.things[1], relation(scene)
-    if rng and rng.random() < 0.5:
-        t, u, rel = u, t, OPPOSITE[rel]
-    return f"a {t.size} {t.color} {t.shape} {RELATION_PHRASE[rel]} a {u.size} {u.color} {u.shape}"
-
-
-def ordered(scene: Scene) -> Scene:
-    """The same scene with two things listed from left to right or from top to bottom."""
-    swap = scene.kind == "two" and relation(scene) in ("right", "below")
-    return Scene("two", scene.things[::-1]) if swap else scene
+        return (f"{NUMBERS[len(scene.things) - 1]} {t.size} {t.color} {PLURAL[t.shape]}",)
+    return tuple(f"a {t.size} {t.color} {t.shape} {POSITION_PHRASE[where]}"
+                 for t, where in zip(scene.things, where_each(scene)))
 
 
 def in_words(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene as the language model reads it: each of two things after its place. rng: shuffle the two."""
-    if scene.kind != "two":
-        return caption(scene)
+    """The phrases of the ordered scene, joined by commas, without a full stop. rng: in random order."""
+    said = phrases(ordered(scene))
+    return ", ".join(rng.sample(said, len(said)) if rng else said)
+
+
+def sentence(scene: Scene, rng: random.Random | None = None) -> str:
+    """The scene described in English: "On the left is a big red circle, on the right a small blue square."
+
+    From left to right or from top to bottom; rng: in random order.
+    """
+    if scene.kind == "many":
+        return f"There are {phrases(scene)[0]}."
     scene = ordered(scene)
-    things = [f"{where} a {t.size} {t.color} {t.shape}" for t, where in zip(scene.things, places(scene))]
-    return ", ".join(rng.sample(things, 2) if rng else things)
-
-
-def places(scene: Scene) -> tuple[str, str]:
-    """Where each of two things is, seen from the other."""
-    return relation(scene), OPPOSITE[relation(scene)]
+    said = [(POSITION_PHRASE[where], f"a {t.size} {t.color} {t.shape}")
+            for t, where in zip(scene.things, where_each(scene))]
+    (where, what), *others = rng.sample(said, len(said)) if rng else said
+    return ", ".join([f"{where.capitalize()} is {what}", *map(" ".join, others)]) + "."
 
 
 # ----------------------------------------------------------------------------------------------
@@ -198,15 +244,17 @@ def _tint(color: str, rng: random.Random) -> tuple:
 
 
 def _background(rng: random.Random) -> tuple:
-    if rng.random() < 0.35:
+    """White, a light tint, or anything from nearly black to light grey, with a little colour in it."""
+    dice = rng.random()
+    if dice < 0.3:
         return (255, 255, 255)
-    light = rng.randint(222, 252)                       # a light grey with some colour in it
-    return tuple(min(255, light + rng.randint(-12, 12)) for _ in range(3))
+    grey, hue = (rng.randint(222, 252), 12) if dice < 0.6 else (rng.randint(30, 230), 18)
+    return tuple(min(255, grey + rng.randint(-hue, hue)) for _ in range(3))
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, turn: float, width: int,
-                rng: random.Random):
-    """One filled polygon. width: of the canvas in pixels; turn: the greatest rotation in degrees."""
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, fill: tuple, outline: bool,
+                turn: float, width: int, rng: random.Random):
+    """One polygon, filled or as a thick line. turn: greatest rotation in degrees; width: of the canvas."""
     half = extent / 2
     angle = math.radians(rng.uniform(-turn, turn))
     cos, sin = math.cos(angle), math.sin(angle)
@@ -217,32 +265,47 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, extent: float, turn: flo
         px, py = px * min(stretch, 1), py / max(stretch, 1)
         x, y = cx + half * (px * cos - py * sin), cy + half * (px * sin + py * cos)
         points.append((x * width, y * width))
-    fill = _tint(thing.color, rng)
-    pen.polygon(points, fill=fill)
-    if rng.random() < 0.25:                             # sometimes a darker rim
+    rim, thick = None, 0.0
+    if outline:
+        rim, thick = fill, max(0.014, rng.uniform(0.05, 0.12) * extent)
+    elif rng.random() < 0.25:                           # sometimes a darker rim
         dark = rng.uniform(0.0, 0.7)
-        rim = tuple(round(c * dark) for c in fill)
-        thick = max(1, round(rng.uniform(0.006, 0.014) * width))
-        pen.line(points + points[:2], fill=rim, width=thick, joint="curve")
+        rim, thick = tuple(round(c * dark) for c in fill), rng.uniform(0.006, 0.014)
+    if not outline:
+        pen.polygon(points, fill=fill)
+    if rim:
+        pen.line(points + points[:2], fill=rim, width=max(1, round(thick * width)), joint="curve")
 
 
-def draw(scene: Scene, rng: random.Random, size: int = 96) -> Image.Image:
-    """An RGB picture of size x size pixels. Two calls on one scene give pictures that look different."""
+def draw(scene: Scene, rng: random.Random, size: int = 96, background: tuple | int | None = None,
+         outline: bool | None = None) -> Image.Image:
+    """An RGB picture of size x size pixels. Two calls on one scene give pictures that look different.
+
+    background: an RGB triple or a grey value, by default random. outline: whether the things are drawn as
+    thick lines instead of filled, by default in a quarter of the pictures.
+    """
+    paper = (background,) * 3 if isinstance(background, int) else background
+    for _ in range(100):                                # until each thing stands out from the background
+        fills = [_tint(t.color, rng) for t in scene.things]
+        behind = paper or _background(rng)
+        if all(math.dist(fill, behind) > CONTRAST for fill in fills):
+            break
+    if outline is None:
+        outline = rng.random() < 0.25
     fine = 3 * size                                     # draw larger, then average: smooth edges
-    picture = Image.new("RGB", (fine, fine), _background(rng))
+    picture = Image.new("RGB", (fine, fine), behind)
     pen = ImageDraw.Draw(picture)
     turn = 0 if rng.random() < 0.4 else 14
     alike = rng.random()                                # how similar in size the things of a crowd are
-    lo, hi = EXTENT[scene.things[0].size]
-    shared = rng.uniform(lo, hi)
-    for thing in scene.things:
-        lo, hi = EXTENT[thing.size]
+    shared = rng.uniform(*EXTENT["small"])
+    for thing, fill in zip(scene.things, fills):
+        lo, hi = (EXTENT_OF_THREE if scene.kind == "three" else EXTENT)[thing.size]
         if scene.kind == "two":
             hi -= 0.03                                  # leave air between neighbours
         extent = rng.uniform(lo, hi)
         if scene.kind == "many":
             extent += (shared - extent) * alike
-        _draw_thing(pen, thing, extent, turn, fine, rng)
+        _draw_thing(pen, thing, extent, fill, outline, turn, fine, rng)
     picture = picture.reduce(3)
     return _weather(picture, rng) if rng.random() < 0.4 else picture
 
