@@ -63,7 +63,7 @@ class Config:
     warmup: float = 0.06  # [0, 1000000] epochs of linear warm-up
     batch_size: int = 32  # [1, inf) samples per optimizer step, over all ranks and accumulation steps
     micro_batch: int = 32  # [1, inf) samples per forward pass
-    lr: float = 0.048  # (0, inf) base learning rate; the rate used is lr x batch_size / 256
+    lr: float = 0.048  # [0, inf) base learning rate; the rate used is lr x batch_size / 256
     weight_decay: float = 0.02  # [0, inf) on matrices only
     beta2: float = 0.95  # [0, 1) of AdamW; beta1 is 0.9
     clip_grad: float = 0.0  # [0, inf) largest gradient norm; 0: no clipping, as in the paper

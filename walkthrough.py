@@ -50,7 +50,7 @@ torch.set_grad_enabled(False), torch.set_num_threads(1)  # only Eq. (4) needs gr
 model, _ = lavin.load("tiny/adapters.safetensors", "tiny/llama", "tiny/clip")
 tokenizer, n_cls, weights = Tokenizer("tiny/llama"), model.vit.n_cls, naive.params(model)
 prompt = "Question: What color is the circle?\nContext: N/A\nOptions: (A) green (B) blue (C) red\nResponse:"
-RED = "There is left a big red circle, right a small blue square. The circle is red. The answer is C."
+RED = "On the left is a big red circle, on the right a small blue square. The circle is red. The answer is C."
 
 def example(response: str, image: str | None = "tiny/demo.png") -> Example:  # token ids of head and rest
     return encode(Sample(id="", prompt=prompt, response=response, image=image, problem={}), tokenizer, n_cls)

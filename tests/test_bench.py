@@ -260,7 +260,7 @@ def test_dry_run_knows_models_by_name_and_counts_tied_embeddings_once(run, tmp_p
     tensorfiles.write_folder(tmp_path, *llama_layouts.to_hf(asdict(model.cfg), tensors))
     out, _ = run(train.main, *flags, "--llama", tmp_path)
     n = sum(p.numel() for p in model.parameters()) - model.output.weight.numel()
-    assert f"{n + 4 * 2_570 + 2 * 128:,} parameters" in out
+    assert f"{n + model.cfg.n_layers * 2_570 + 2 * 128:,} parameters" in out
     with pytest.raises(SystemExit, match="neither a folder of weights nor one of 7B, 13B, tiny, Smol"):
         run(train.main, "--dry_run", "--llama", "Llama-9")
 

@@ -174,7 +174,7 @@ def test_early_files_say_type_and_keep_theta_at_the_top(tmp_path):
 
 def test_a_mistral_reads_no_more_than_its_window(tmp_path):
     """Up to the window its attention is LLaMA's. A longer --max_len or prompt is refused."""
-    save_llama(tmp_path, "Mistral-7B-v0.1", vocab_size=1096)
+    save_llama(tmp_path, "Mistral-7B-v0.1", vocab_size=Tokenizer(ROOT / "tiny/llama").vocab_size)
     shutil.copyfile(ROOT / "tiny/llama/tokenizer.model", tmp_path / "tokenizer.model")
     llama = LLaMA.from_pretrained(tmp_path)
     assert llama.cfg.max_seq_len == 60
@@ -189,11 +189,12 @@ def test_a_mistral_reads_no_more_than_its_window(tmp_path):
 def test_embeddings_without_a_piece(tmp_path):
     """Some models round the number of embeddings up. The tokenizer has no text for such a token."""
     file = ROOT / "tiny/llama/tokenizer.model"
-    tokenizer = Tokenizer(file, 1096 + 64)
-    assert tokenizer.decode([*tokenizer.encode("a b"), 1100, 1159]) == "a b"
-    assert "".join(tokenizer.stream([*tokenizer.encode("a"), 1159, *tokenizer.encode(" b")])) == \
+    n = Tokenizer(file).vocab_size
+    tokenizer = Tokenizer(file, n + 64)
+    assert tokenizer.decode([*tokenizer.encode("a b"), n + 4, n + 63]) == "a b"
+    assert "".join(tokenizer.stream([*tokenizer.encode("a"), n + 63, *tokenizer.encode(" b")])) == \
         tokenizer.decode(tokenizer.encode("a") + tokenizer.encode(" b"))
-    assert "1096 pieces, but the LLaMA has 2120 embeddings" in one_line(Tokenizer, file, 1096 + 1024)
+    assert f"{n} pieces, but the LLaMA has {n + 1024} embeddings" in one_line(Tokenizer, file, n + 1024)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def record_memory(file: Path) -> None:
 
 
 def long_run(folder: Path, steps: int) -> Row:
-    cfg = LLaMAConfig(16, 1, 2, ffn_dim=32, vocab_size=1096, norm_eps=1e-5, max_seq_len=256)
+    cfg = LLaMAConfig(16, 1, 2, ffn_dim=32, vocab_size=2057, norm_eps=1e-5, max_seq_len=256)
     models = LLaMA(cfg), VisionTransformer(CLIPConfig(16, 8, 16, 1, 2, 1))
     for name, model in zip(("llama", "clip"), models):
         randomize(model)

@@ -29,7 +29,7 @@ from adapters import trainable
 from clip import VisionTransformer, preprocess
 from evaluation import answering, benchmarks, ending, scores
 from evaluation.log import Log
-from llama import LLaMA
+from llama import PRESETS, LLaMA
 from official import llama_layouts
 from official.adapter_files import write_checkpoint
 from official.images import open_image
@@ -252,7 +252,7 @@ def targets(folder: Path) -> dict[str, Target]:
     add("ViT.pt", change_archive, lambda: VisionTransformer.from_pretrained(folder / "ViT.pt"))
 
     def tokenize():
-        tokenizer = Tokenizer(folder / "hf", 1096)
+        tokenizer = Tokenizer(folder / "hf", PRESETS["tiny"].vocab_size)
         tokenizer.decode(tokenizer.encode("Question: What color is the circle? é"))
 
     found["hf/tokenizer.model"] = found["hf/tokenizer.model"]._replace(read=tokenize)
