@@ -24,8 +24,8 @@ import random
 from tiny import scenes, words, world
 
 DRILLED_WORDS = sorted({*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.NUMBERS,
-                        *scenes.PLURAL.values(), *scenes.POSITION_PHRASE.values(), *world.RELATION_OPTION.values(), "yes", "no",
-                        *world.PEOPLE, *world.OBJECTS, *world.DIGITS,
+                        *scenes.PLURAL.values(), *scenes.POSITION_PHRASE.values(),
+                        *world.RELATION_OPTION.values(), "yes", "no", *world.PEOPLE, *world.OBJECTS, *world.DIGITS,
                         *(value for facts in world.FACTS for _, value in facts.pairs())})
 FACT_WORDS = {word for facts in world.FACTS for pair in facts.pairs() for word in pair}
 random.Random(0).shuffle(DRILLED_WORDS)
