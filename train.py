@@ -78,7 +78,7 @@ class Config:
     save_every: int = 100  # [1, inf) steps between checkpoints
     # evaluation
     split: str = "test"  # split answered after training; "": none
-    max_new_tokens: int = 40  # [1, inf) longest answer
+    max_new_tokens: int = 48  # [1, inf) longest answer
 
 
 RECIPES = {"tiny": {}, "paper": dict(
