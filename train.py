@@ -79,7 +79,7 @@ class Config:
     save_every: int = 100  # [1, inf) steps between checkpoints
     # evaluation
     split: str = "test"  # split answered after training; "": none
-    max_new_tokens: int = 40  # [1, 1048576] longest answer
+    max_new_tokens: int = 48  # [1, 1048576] longest answer
 
 
 RECIPES = {"tiny": {}, "paper": dict(

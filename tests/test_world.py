@@ -32,6 +32,13 @@ def splits(folder):
     return {split: prompts.read_scienceqa(folder, split, "QCM-EA") for split in SIZES}
 
 
+def after_the_lessons(seed: int) -> corpus.Corpus:
+    stream = corpus.Corpus(seed, set())
+    while not stream.mastered():
+        stream.harder()
+    return stream
+
+
 def scene_of(p: dict) -> str:
     """The description with which the solution of a picture problem begins."""
     return p["solution"][:p["solution"].index(". ") + 1]
@@ -140,8 +147,7 @@ def test_made_up_words_are_tested_on_words_and_sums_that_training_never_has(spli
 
 def test_no_text_of_the_llama_explains_a_made_up_word():
     """They occur only between other random words, never in a question or a hint with options."""
-    stream = corpus.Corpus(5, set())
-    stream.n_words, stream.n_between = len(corpus.DRILLED_WORDS), len(corpus.BETWEEN)
+    stream = after_the_lessons(5)
     for _ in range(3000):
         for prompt, _ in stream.document(2):
             if isinstance(prompt, str) and "Options:" in prompt:
@@ -179,8 +185,7 @@ def test_every_word_is_one_piece_and_every_piece_is_read():
     """A piece that the LLaMA never read is noise: data of a user's own that needs it would teach nothing."""
     tokenizer = Tokenizer(ROOT / "tiny/llama/tokenizer.model")
     assert not [word for word in corpus.ALL_WORDS if len(tokenizer.encode(word)) > 1]
-    stream, read = corpus.Corpus(7, set()), set()
-    stream.n_words, stream.n_between = len(corpus.DRILLED_WORDS), len(corpus.BETWEEN)
+    stream, read = after_the_lessons(7), set()
     for _ in range(40000):
         ids, _, stacked = corpus.tokens(stream.document(2), tokenizer.encode, tokenizer.bos, tokenizer.eos)
         read |= {*ids, *(word for _, word, _ in stacked)}

@@ -24,9 +24,9 @@ import random
 from tiny import scenes, words, world
 
 DRILLED_WORDS = sorted({*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.NUMBERS,
-                        *scenes.PLURAL.values(), *scenes.POSITION_PHRASE.values(), *world.RELATION_OPTION.values(), "yes", "no",
-                        *world.PEOPLE, *world.OBJECTS, *world.DIGITS,
-                        *(value for facts in world.FACTS for _, value in facts.pairs())})
+                        *scenes.PLURAL.values(), *scenes.POSITION_PHRASE.values(),
+                        *world.RELATION_OPTION.values(), "yes", "no", *world.PEOPLE, *world.OBJECTS,
+                        *world.DIGITS, *(value for facts in world.FACTS for _, value in facts.pairs())})
 FACT_WORDS = {word for facts in world.FACTS for pair in facts.pairs() for word in pair}
 random.Random(0).shuffle(DRILLED_WORDS)
 ALL_WORDS = sorted({*words.CONTENT, *words.FUNCTION, *FACT_WORDS, *world.MADE_UP, *world.DIGITS,
@@ -185,14 +185,15 @@ class Corpus:
         return parts
 
     def pairs(self) -> Document:
-        """Two to four pairs of words, then six times the word that stands beside another, further and further.
+        """Two to four pairs of words, then six times the word that stands beside another.
 
         The first words of all pairs are of one kind and the second of another, so that the word asked with
         tells on which side the answer stands.
         """
         rng = self.rng
         firsts, seconds, fillers = rng.choice((
-            (scenes.COLORS, scenes.SHAPES, (" thing is a", " is")), (scenes.SIZES, scenes.SHAPES, ("", " is")),
+            (scenes.COLORS, scenes.SHAPES, (" thing is a", " is")),
+            (scenes.SIZES, scenes.SHAPES, ("", " is")),
             (words.COLORS, words.NOUNS, (" one is the", " is")),
             (words.ADJECTIVES, words.NOUNS, (" one is the", " is")),
             (words.NAMES, words.NOUNS, (" has is the", " is")),

@@ -172,7 +172,7 @@ def random_scene(rng: random.Random, kind: str, seen: bool = True) -> Scene:
 
 
 def phrases(scene: Scene) -> tuple:
-    """For each thing, in the order of scene.things: "a big red circle on the left". A crowd has one phrase."""
+    """For each thing, in the order of scene.things: "a big red circle on the left". One for a crowd."""
     t = scene.things[0]
     if scene.kind == "many":
         return (f"{NUMBERS[len(scene.things) - 1]} {t.size} {t.color} {PLURAL[t.shape]}",)
