@@ -117,7 +117,7 @@ class Runs:
                 for rank in range(self.ranks)]
 
     def end(self, pids: list[int]) -> list[int | str]:
-        return [ended(pid) for pid in pids]
+        return [ended(pid, limit=600) for pid in pids]  # the machine may be busy
 
     def state(self) -> dict:
         """All that must be the same after a kill."""
