@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from adapters import RepAdapter
 from lavin import LaVIN
+from llama import LLaMA
 
 
 class LoRALinear(nn.Module):
@@ -55,11 +56,12 @@ class LoRALaVIN(LaVIN):
         return super().fold(*modalities)
 
 
-def count_of_peft(model: LaVIN, r: int) -> int | None:
-    """The number of parameters that PEFT's LoRA of rank r has in this LLaMA; None without PEFT."""
+def count_of_peft(r: int, folder: str = "tiny/llama") -> int | None:
+    """The number of parameters that PEFT's LoRA of rank r has in the LLaMA of a folder; None without PEFT."""
     if importlib.util.find_spec("peft") is None:
         return None
     from peft import LoraConfig, inject_adapter_in_model
 
-    llama = inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=["wq", "wv"]), model.llama)
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=["wq", "wv"])
+    llama = inject_adapter_in_model(config, LLaMA.from_pretrained(folder))
     return sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)

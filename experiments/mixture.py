@@ -21,10 +21,8 @@ from experiments.runs import COLUMNS, Options, Run, accuracies, mean, paired, ro
 
 def main() -> None:
     options = cli.parse(Options)
-    wanted = [Run(seed, "balanced", order=order) for order in ("mixed", "text first")
-              for seed in range(options.seeds)]
-    results = run_all(wanted, options)
-    mixed, end = results[:options.seeds], results[options.seeds:]
+    orders = {order: Run(world="balanced", order=order) for order in ("mixed", "text first")}
+    mixed, end = run_all(orders, options).values()
     half = [result["halfway"][0] for result in end]
     table = {"mixed": row(mixed), "text first, halfway": {}, "text first, at the end": row(end),
              "text first minus mixed": {}, "at the end minus halfway": {}}

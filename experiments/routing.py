@@ -28,9 +28,9 @@ from experiments.table2 import ROWS
 TAUS = (0.1, 1.0, 5.0, 10.0, 100.0)
 MM = ROWS["+ MM-Adapter"]
 ROUTINGS = MM.routings
-RUNS = {f"tau {tau:g}": MM if tau == 10 else Run(0, flags={"tau": tau}) for tau in TAUS}
-RUNS["flipped, RepAdapter"] = Run(0, "flipped", {"adapter": "rep"})
-RUNS["flipped, MM-Adapter"] = Run(0, "flipped", routings=ROUTINGS)
+RUNS = {f"tau {tau:g}": MM if tau == 10 else Run(flags={"tau": tau}) for tau in TAUS}
+RUNS["flipped, RepAdapter"] = Run(world="flipped", flags={"adapter": "rep"})
+RUNS["flipped, MM-Adapter"] = Run(world="flipped", routings=ROUTINGS)
 
 
 def apart(results: list[dict]) -> dict[str, list[float]]:
@@ -58,8 +58,7 @@ def draw(results: list[dict], path: str, title: str) -> None:
 
 def main() -> None:
     options = cli.parse(Options)
-    results = run_all([run._replace(seed=s) for run in RUNS.values() for s in range(options.seeds)], options)
-    of = {name: results[i * options.seeds: (i + 1) * options.seeds] for i, name in enumerate(RUNS)}
+    of = run_all(RUNS, options)
     learned, rep, mm = (of[name] for name in ("tau 10", "flipped, RepAdapter", "flipped, MM-Adapter"))
     temperatures = {}
     for name in (f"tau {tau:g}" for tau in TAUS):

@@ -25,7 +25,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import cli
 import data
@@ -55,7 +55,7 @@ class Options:
 
 class Run(NamedTuple):
     """One training run and the questions after it."""
-    seed: int
+    seed: int = 0
     world: str = "negatives"  # a key of worlds.WORLDS
     flags: dict = {}  # of train.py
     encoder: str = "whole"  # the ViT in tiny/clip; "half": its first half of the blocks and [cls] tokens
@@ -160,14 +160,15 @@ def perform(run: Run, options: Options, file: Path) -> None:
             halfway.append(ask(rerouted(model, "learned"), tokenizer, cfg, run.split, options.limit))
 
     learn(cfg, model, examples, run.order, watch)
-    model.save(adapters := file.with_suffix(".safetensors"))
-    in_llama = sum(p.numel() for name, p in trainable(model).items()
-                   if name.startswith(("llama.", "adapter_modality")))
+    params = trainable(model)
     accuracy = {routing: ask(rerouted(model, routing), tokenizer, cfg, run.split, options.limit)
                 for routing in run.routings}
     result = {"run": run._asdict(), "accuracy": accuracy, "halfway": halfway, "trace": trace,
-              "trained": sum(p.numel() for p in trainable(model).values()), "trained in LLaMA": in_llama,
-              "bytes": adapters.stat().st_size, "cpu_seconds": round(time.process_time() - started)}
+              "trained": sum(p.numel() for p in params.values()),
+              "trained in LLaMA": sum(p.numel() for name, p in params.items()
+                                      if name.startswith(("llama.", "adapter_modality"))),
+              "bytes": len(save({name: p.detach() for name, p in params.items()})),  # without metadata
+              "cpu_seconds": round(time.process_time() - started)}
     write_atomically(file, json.dumps(result).encode())
 
 
@@ -185,9 +186,10 @@ def half_of(clip: Path, to: Path) -> None:
     save_file(kept, to / "model.safetensors", {"format": "pt"})
 
 
-def run_all(runs: list[Run], options: Options) -> list[dict]:
-    """The results of these runs, in order. Those under --work are read, the others are made."""
-    work = Path(options.work)
+def run_all(settings: dict[str, Run], options: Options, seeds: range | None = None) -> dict[str, list[dict]]:
+    """The results of each setting, one per seed. Those under --work are read, the others are made."""
+    seeds = seeds or range(options.seeds)
+    runs, work = [run._replace(seed=s) for run in settings.values() for s in seeds], Path(options.work)
     recipes = {name: worlds.ensure(name, work / name, options.problems, options.limit)
                for name in sorted({run.world for run in runs})}
     if any(run.encoder == "half" for run in runs):
@@ -213,7 +215,8 @@ def run_all(runs: list[Run], options: Options) -> list[dict]:
                 raise
             left = (time.time() - started) / n * (len(jobs) - n)
             print(f"run {n} of {len(jobs)}, ETA {cli.clock(left)}", file=sys.stderr)
-    return [json.loads(file.read_text()) for file in files]
+    results = [json.loads(file.read_text()) for file in files]
+    return {name: results[i * len(seeds): (i + 1) * len(seeds)] for i, name in enumerate(settings)}
 
 
 # --- many numbers ----------------------------------------------------------------------------------

@@ -22,21 +22,19 @@ from experiments.runs import Options, Run, accuracies, paired, row, run_all, wri
 
 WEAK, REP = {"encoder": "half"}, {"adapter": "rep"}
 ROWS = {
-    "text only": Run(0, flags=REP | {"vision": False}),
-    "+ vision": Run(0, flags=REP | {"vit_adapters": False}, **WEAK),
-    "+ joint optimisation": Run(0, flags=REP, **WEAK),
-    "+ stronger image encoder": Run(0, flags=REP),
-    "+ MM-Adapter": Run(0, routings=("learned", "other modality", "exchanged", "half")),  # for routing.py
+    "text only": Run(flags=REP | {"vision": False}),
+    "+ vision": Run(flags=REP | {"vit_adapters": False}, **WEAK),
+    "+ joint optimisation": Run(flags=REP, **WEAK),
+    "+ stronger image encoder": Run(flags=REP),
+    "+ MM-Adapter": Run(routings=("learned", "other modality", "exchanged", "half")),  # for routing.py
 }
 PAPER = dict(zip([*ROWS, "+ larger LLM"], (82.65, 86.32, 87.34, 88.33, 89.41, 90.50)))
 
 
 def main() -> None:
     options = cli.parse(Options)
-    results = run_all([run._replace(seed=s) for run in ROWS.values() for s in range(options.seeds)], options)
     table, before = {}, None
-    for i, name in enumerate(ROWS):
-        here = results[i * options.seeds: (i + 1) * options.seeds]
+    for name, here in run_all(ROWS, options).items():
         table[name] = {"paper": PAPER[name], "trained": here[0]["trained"], **row(here)}
         table[name]["minus row before"] = paired(accuracies(here), accuracies(before)) if before else "–"
         before = here
