@@ -76,7 +76,7 @@ def main() -> None:
         table[name] = {"trained in LLaMA": here[0]["trained in LLaMA"], "trained": here[0]["trained"],
                        "file, bytes": here[0]["bytes"], "step, ms": times[name], **row(here),
                        "minus MM-Adapters": "–" if name == MMA else [difference, error]}
-    write("cost", options, {"accuracy on 400 problems, and cost": table}, peft=peft, learning_rates=tried,
+    write("cost", options, {f"accuracy on {options.limit} problems": table}, peft=peft, learning_rates=tried,
           learning_rate_of_LoRA=lr, equal_accuracy=equal or "neither rank")
     chart.bars(f"{options.results}/cost.png",
                {f"{name}: {table[name]['trained in LLaMA']:,}": table[name]["all"] for name in runs},

@@ -31,7 +31,7 @@ def main() -> None:
         table["text first, halfway"][column] = mean(before)
         table["text first minus mixed"][column] = paired(after, accuracies(mixed, column=column))
         table["at the end minus halfway"][column] = paired(after, before)
-    write("mixture", options, {"accuracy on 200 + 200 problems": table})
+    write("mixture", options, {f"accuracy on {options.limit} problems": table})
     chart.bars(f"{options.results}/mixture.png",
                {f"{name}: {label}": table[name][column] for name in list(table)[:3]
                 for column, label in (("without", "text"), ("with picture", "pictures"))},

@@ -39,10 +39,14 @@ def markdown(result: dict) -> str:
 
 
 def filled(text: str, results: Path = HERE / "results") -> str:
-    """The text with every block filled; "Not run yet." where there is no result."""
+    """The text with every block filled: tables and pictures, or "Not run yet." where there is no result."""
     def fill(block: re.Match) -> str:
         file = results / f"{block[2]}.json"
-        body = markdown(json.loads(file.read_text())) if file.is_file() else "Not run yet."
+        body = "Not run yet."
+        if file.is_file():
+            names = sorted(png.name for png in results.glob(f"{block[2]}*.png"))
+            pictures = [f"![{name}](results/{name})" for name in names]
+            body = "\n\n".join([markdown(json.loads(file.read_text())), *pictures])
         return f"{block[1]}{body}\n{block[3]}"
 
     return BLOCK.sub(fill, text)

@@ -203,6 +203,7 @@ def test_a_script_writes_a_table_and_a_picture(options, name, monkeypatch):
     assert Image.open(Path(options.results, f"{name}.png")).size[0] == chart.WIDTH
     text = report.filled(f"<!-- {name} -->\nold\n<!-- end -->\n", Path(options.results))
     assert "old" not in text and all(title in text for title in result["tables"])
+    assert f"](results/{name}.png)" in text
     if name == "table2":
         assert "| + vision | 86.32 | 11 | 51.0 ± 0.0 | 61.0 ± 1.0 | 56.5 ± 0.5 | 1.50 ± 0.50 |" in text
     if name == "routing":
