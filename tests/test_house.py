@@ -8,7 +8,7 @@ from conftest import ROOT
 ROOT_FILES = sorted(ROOT.glob("*.py"))
 MODELS = "adapters.py", "llama.py", "clip.py", "lavin.py", "data.py"
 CARD = "adapters.py", "llama.py", "clip.py", "lavin.py", "train.py", "sample.py"  # read beside the paper
-FOLDERS = "official", "evaluation", "speed", "tiny", "tests", "tests/torture"
+FOLDERS = "official", "evaluation", "speed", "experiments", "tiny", "tests", "tests/torture"
 SOURCES = [*ROOT_FILES, *(f for name in FOLDERS for f in sorted((ROOT / name).glob("*.py")))]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TWO_PROCESSES, run_main
+from PIL import Image
 from safetensors.torch import load_file
 
 import cli
@@ -108,6 +109,7 @@ def test_resume_is_bit_exact(small_world, tmp_path, monkeypatch):
     assert same_bits(tmp_path / "a", tmp_path / "b")
     rows = [json.loads(line) for line in open(tmp_path / "b/log.jsonl")]
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and all(r["loss"] > 0 for r in rows)
+    assert Image.open(tmp_path / "b/curve.png").format == "PNG"  # the losses of the whole run
 
 
 def test_a_killed_run_resumes_exactly(small_world, tmp_path, monkeypatch):
