@@ -46,7 +46,8 @@ def train_tokenizer(path: Path) -> None:
     pieces += [f"▁{letter}" for letter in world.LETTERS if f"▁{letter}" not in pieces]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"-{c}" for c in corpus.CHARACTERS] * 20), model_writer=model, model_type="bpe",
+        sentence_iterator=iter([f"-{c}" for c in corpus.CHARACTERS] * 20), model_writer=model,
+        model_type="bpe",
         vocab_size=3 + 256 + len(pieces) + len(corpus.CHARACTERS) + 1,  # 3: unknown, BOS, EOS; 1: the space
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=True, split_digits=True, character_coverage=1.0, user_defined_symbols=pieces,
