@@ -176,6 +176,17 @@ def test_the_words_of_a_picture_problem_do_not_give_its_answer(splits):
     assert abs(right - chance) / len(asked) < 0.10  # 160 problems: two and a half standard deviations
 
 
+def test_the_thing_named_first_is_not_always_the_one_that_is_bigger(splits):
+    """It once was, in all wordings but one, so "compare" was solved without the picture."""
+    right = Counter()
+    for split in ("train", "test", "unseen", "reworded"):
+        for p in (s.problem for s in splits[split] if s.problem["kind"] == "compare"):
+            named = re.findall("|".join(scenes.SHAPES), p["question"])
+            assert sorted(named) == sorted(p["choices"])
+            right[named[0] == p["choices"][p["answer"]]] += 1
+    assert right.total() > 80 and 0.35 < right[True] / right.total() < 0.65, right
+
+
 def test_the_same_seed_gives_the_same_world(folder, tmp_path):
     world.write(tmp_path, seed=3, sizes=SIZES)
     for name in ("problems.json", "pid_splits.json"):

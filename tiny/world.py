@@ -160,7 +160,7 @@ WORDINGS = {
     "relation": ("Seen from the {o}, where is the {s}?", "Where is the {s}, seen from the {o}?",
                  "From the {o}, where is the {s}?", "If you stand at the {o}, where is the {s}?",
                  "Can you tell me where the {s} is, seen from the {o}?"),
-    "compare": ("Which is {more}, the {s} or the {o}?", "Which one is {more}, the {o} or the {s}?",
+    "compare": ("Which is {more}, the {s} or the {o}?", "Which one is {more}, the {s} or the {o}?",
                 "Is the {s} {more} or the {o}?", "The {s} and the {o}: which one is {more}?",
                 "Can you tell me which is {more}, the {s} or the {o}?"),
     "is": ("Is the {s} {w}?", "Is it true that the {s} is {w}?", "The {s} is {w}, yes or no?",
@@ -222,16 +222,16 @@ class Asker:
             asked = [Question("color", self.word(WORDINGS["colors"], s=s), c, f"The {s} are {c}.", COLORS),
                      Question("shape", self.word(WORDINGS["shapes"], c=c), s, f"The {c} things are {s}.",
                               tuple(PLURAL.values()))]
-            return asked + [self.count(s, n), self.claim_number(n, c, s)]
+            return asked + [self.count(s, n, NUMBERS[1:]), self.claim_number(n, c, s)]
         asked = []
         if len({thing.shape for thing in scene.things}) == len(scene.things):
             asked += [q for thing in scene.things for q in self.thing(scene, thing)]
             asked += [q for pair in itertools.permutations(scene.things, 2) for q in self.pair(*pair)]
-        return asked + [self.count("things", NUMBERS[len(scene.things) - 1])]
+        return asked + [self.count("things", NUMBERS[len(scene.things) - 1], NUMBERS[:3])]
 
-    def count(self, what: str, n: str) -> Question:
+    def count(self, what: str, n: str, possible: tuple[str, ...]) -> Question:
         text = self.word(WORDINGS["count"], s=what)
-        return Question("count", text, n, f"The number of {what} is {n}.", NUMBERS)
+        return Question("count", text, n, f"The number of {what} is {n}.", possible)
 
     def thing(self, scene: scenes.Scene, thing: scenes.Thing) -> list[Question]:
         """Questions about one of a few things, whose shapes and colors differ."""
@@ -289,8 +289,9 @@ class Asker:
                           f"Seen from the {o}, the {s} is {where}.", tuple(RELATION_OPTION.values()))]
         if thing.size != other.size:
             more = {"big": "bigger", "small": "smaller"}[thing.size]
-            asked.append(Question("compare", self.word(WORDINGS["compare"], s=s, o=o, more=more), s,
-                                  f"The {more} one is the {s}.", SHAPES, (o,)))
+            a, b = self.rng.sample((s, o), 2)  # in random order: else the one named first would be right
+            asked.append(Question("compare", self.word(WORDINGS["compare"], s=a, o=b, more=more), s,
+                                  f"The {more} one is the {s}.", (s, o)))
         return asked
 
     def about(self, scene: scenes.Scene, kind: str = "") -> Question | None:
