@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save, save_file
 
-import cli
 import data
 import prompts
 import train
 from adapters import trainable
 from evaluation import answering, scores
+from evaluation.log import clock
 from experiments import worlds
 from experiments.lora import LoRALaVIN
 from lavin import LaVIN
@@ -214,7 +214,7 @@ def run_all(settings: dict[str, Run], options: Options, seeds: range | None = No
                 pool.shutdown(cancel_futures=True)
                 raise
             left = (time.time() - started) / n * (len(jobs) - n)
-            print(f"run {n} of {len(jobs)}, ETA {cli.clock(left)}", file=sys.stderr)
+            print(f"run {n} of {len(jobs)}, ETA {clock(left)}", file=sys.stderr)
     results = [json.loads(file.read_text()) for file in files]
     return {name: results[i * len(seeds): (i + 1) * len(seeds)] for i, name in enumerate(settings)}
 
