@@ -5,7 +5,8 @@
 
 The comment of a number may start with its range: "[" and "]" include the bound, "(" and ")" exclude it,
 inf is no bound. parse() refuses any other number in one line with exit status 2: "train.py: --dropout
-2.0: expected a number from 0 to below 1". A float without a range must be finite.
+2.0: expected a number from 0 to below 1". A float without a range must be finite. A text may be empty if its
+default is, or if its comment says what "" means: `"": none`.
 """
 import argparse
 import dataclasses

@@ -234,8 +234,7 @@ class LaVIN(nn.Module):
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """loss(hidden, W, targets), a sum over rows, but only LOSS_ROWS rows of logits exist at once.
 
-    Compute the loss and the gradient with respect to `hidden` now, chunk by chunk, and keep the gradient for
-    the backward pass.
+    Compute loss and gradient with respect to `hidden` now, chunk by chunk; backward() uses this gradient.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):

@@ -135,6 +135,7 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1(x)) * w3(x))"""
+
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
         self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False) for _ in range(2))

@@ -9,8 +9,8 @@ on each rank into micro-batches, one per accumulation step. Each rank adds up th
 one all-reduce sums the few million adapter gradients over the ranks, and every rank takes the same optimizer
 step. Every split gives the same update, apart from rounding.
 
-The folder --out holds adapters.safetensors, checkpoint.pt and log.jsonl. --resume continues from
-checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
+The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl and its picture curve.png. --resume goes
+on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
 """
 import math
 import sys
@@ -26,6 +26,7 @@ import prompts
 import weights
 from adapters import AdapterConfig, trainable
 from clip import MEAN_STD, VisionTransformer
+from evaluation import chart
 from evaluation.log import Log
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
@@ -222,7 +223,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))
-        say(f"wrote {out / 'adapters.safetensors'}")
+        say(f"wrote {out / 'adapters.safetensors'} and {chart.curve(out / 'log.jsonl')}")
     if tests:  # each rank answers its share
         from evaluation import answering
         answering.answer_split(model, tokenizer, tests, out, cfg.max_new_tokens)

@@ -1,14 +1,24 @@
 """Line and bar charts, drawn with Pillow: enough for a training curve and for the experiments."""
+import io
 import json
 import math
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from official.saving import write_atomically
+
 # blue, orange, green, red, each followed by a light shade of it
 COLORS = ((66, 99, 180), (160, 180, 225), (226, 150, 66), (244, 205, 160), (70, 140, 80), (165, 210, 170),
           (190, 60, 60), (230, 165, 165))
 WIDTH, HEIGHT, MARGIN, ROW, GREY = 560, 320, 50, 20, (210, 210, 210)
+
+
+def save(image: Image.Image, path: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomically(Path(path), content.getvalue())
 
 
 def canvas(height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -53,12 +63,12 @@ def lines(path: Path, series: dict[str, list[tuple[float, float]]], title: str, 
         draw.text((pixel((value, low))[0], HEIGHT - MARGIN + 4), f"{value:g}", fill="black", anchor="ma")
     draw.text((MARGIN + width / 2, HEIGHT - MARGIN + 20), x, fill="black", anchor="ma")
     names, free = sorted((n for n in series if series[n]), key=lambda n: -series[n][-1][1]), MARGIN - ROW
-    for name in names:  # from top to bottom, so that names beside the ends of their lines do not overlap
+    for name in names:  # from top to bottom; a name moves down if it would cover the one above
         color = COLORS[list(series).index(name) % len(COLORS)]
         draw.line([pixel(p) for p in series[name]], fill=color, width=2, joint="curve")
         free = max(free + 13, pixel(series[name][-1])[1])
         draw.text((MARGIN + width + 8, free), name, fill=color, anchor="lm")
-    image.save(path)
+    save(image, path)
 
 
 def bars(path: Path, rows: dict[str, tuple[float, float]], title: str, top: float = 100.0) -> None:
@@ -72,11 +82,14 @@ def bars(path: Path, rows: dict[str, tuple[float, float]], title: str, top: floa
         draw.rectangle((left, y + 2, end, y + ROW - 4), fill=COLORS[0])
         draw.line((end - width * error / top, y + 8, end + width * error / top, y + 8), fill="black", width=2)
         draw.text((left + width + 12, y + 4), f"{value:.1f} ± {error:.1f}", fill="black")
-    image.save(path)
+    save(image, path)
 
 
-def curve(log: Path) -> None:
-    """Draw the losses of a run's log.jsonl as curve.png beside it."""
+def curve(log: Path) -> Path:
+    """Read a run's log.jsonl; write its losses as curve.png into the same folder. Return the file."""
+    file = log.with_name("curve.png")
     rows = [json.loads(row) for row in log.read_text().splitlines()]
     points = [(row["step"], row["loss"]) for row in rows]
-    lines(log.with_name("curve.png"), {"loss": points}, "loss, mean of each interval of the log")
+    if points:  # not if the log was deleted and a finished run is resumed
+        lines(file, {"loss": points}, "loss, mean of each interval of the log")
+    return file

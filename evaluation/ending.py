@@ -58,7 +58,7 @@ def message(e: BaseException) -> str:
 
 
 def dead_ranks() -> list[int]:
-    """The ranks of this host whose processes have ended."""
+    """The ranks whose processes ran on this host and have ended."""
     here, dead = socket.gethostname(), []
     for rank, (host, pid) in enumerate(PEERS):
         try:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from evaluation import chart
 from official.saving import append, named, write_atomically
 
 
@@ -18,10 +17,7 @@ def clock(seconds: float) -> str:
 
 
 class Log:
-    """One line per interval, on stderr and in log.jsonl; at the end, the losses as a picture, curve.png.
-
-    Losses stay on the GPU until the interval ends.
-    """
+    """One line per interval, on stderr and in log.jsonl. Losses stay on the GPU until the interval ends."""
 
     def __init__(self, path: Path, total: int, first: int):
         """total: steps of the whole run; first: what a resumed run has done. ValueError if first > total."""
@@ -36,7 +32,7 @@ class Log:
         write_atomically(path, b"".join(rows))  # steps after the checkpoint will be logged again
         with named(path):
             self.file = open(path, "ab", buffering=0)
-        self.path, self.total, self.first, self.started = path, total, first, time.time()
+        self.total, self.first, self.started = total, first, time.time()
         self.since, self.values, self.tokens = self.started, [], 0
 
     def step(self, values: torch.Tensor, tokens: int) -> None:
@@ -58,6 +54,4 @@ class Log:
               file=sys.stderr)
         append(self.file, json.dumps(row) + "\n")
         self.since, self.values, self.tokens = now, [], 0
-        if step == self.total and losses.isfinite().all():
-            chart.curve(self.path)
         return losses

@@ -1,19 +1,18 @@
 """Draw LLaMA's routing weights: one pair of bars per layer, for text input and for image input."""
-import io
 import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
+from evaluation import chart
 from lavin import LaVIN
-from official.saving import write_atomically
 
-BLUE, ORANGE = (66, 99, 180), (226, 150, 66)
+BLUE, ORANGE = chart.COLORS[0], chart.COLORS[2]
 
 
 def table(w: torch.Tensor) -> str:
-    """w [L, 2, 2] of `LaVIN.routing` -> one line per layer"""
+    """w [L, 2, 2] of `LaVIN.routing_weights` -> one line per layer"""
     lines = ["layer   text: w_0 w_1                        image: w_0 w_1"]
     for i, layer in enumerate(w.tolist()):
         bars = [f"{w0:.3f} {'#' * round(20 * w0):.<20} {w1:.3f}" for w0, w1 in layer]
@@ -34,9 +33,7 @@ def picture(w: torch.Tensor, file: Path) -> None:
             draw.text((4, y + 2), f"layer {i}", fill="black")
             draw.rectangle((x, y + 2, x + width * w0, y + row - 3), fill=BLUE)
             draw.rectangle((x + width * w0, y + 2, x + width, y + row - 3), fill=ORANGE)
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    write_atomically(file, content.getvalue())
+    chart.save(image, file)
 
 
 def show_routing(model: LaVIN, file: Path) -> None:

@@ -100,7 +100,7 @@ class Tokenizer:
         return self.to_ids(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids. An embedding without a piece, which only an untrained LLaMA predicts, has none."""
+        """The text of ids. An id without a piece is skipped: some LLaMAs have more embeddings than pieces."""
         return self.to_text([id for id in ids if id < self.vocab_size])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:

@@ -256,3 +256,9 @@ def test_a_curve_beside_a_log(tmp_path):
     log.write_text("".join(f'{{"step": {step}, "loss": {3 - step / 10}}}\n' for step in range(10, 30, 5)))
     chart.curve(log)
     assert chart.COLORS[0] in {color for _, color in Image.open(tmp_path / "curve.png").getcolors(10 ** 6)}
+
+
+def test_no_curve_of_an_empty_log(tmp_path):
+    """A finished run that is resumed takes no step; its log may have been deleted."""
+    (tmp_path / "log.jsonl").touch()
+    assert not chart.curve(tmp_path / "log.jsonl").exists()

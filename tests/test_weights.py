@@ -843,7 +843,13 @@ def test_released_tensors_of_the_wrong_type(tmp_path, name, value, message):
     ("", "max_new_tokens", -1, "metadata max_new_tokens is -1"),
 ])
 def test_adapter_metadata_of_the_wrong_type(tmp_path, section, key, value, message):
-    file = tmp_path / "a.safetensors"
+    adapters_fail(with_metadata(tmp_path, section, key, value), "a.safetensors: ", message,
+                  "restore the original file")
+
+
+def with_metadata(folder: Path, section: str, key: str, value) -> Path:
+    """An adapter file in whose metadata section[key] is `value`. section: keys on the way there"""
+    file = folder / "a.safetensors"
     make_lavin().save(file, **SETTINGS)
     tensors, meta = adapter_files.read_adapters(file)
     place = meta
@@ -851,20 +857,13 @@ def test_adapter_metadata_of_the_wrong_type(tmp_path, section, key, value, messa
         place = place[name]
     place[key] = value
     adapter_files.write_adapters(file, tensors, meta)
-    adapters_fail(file, "a.safetensors: ", message, "restore the original file")
+    return file
 
 
 @pytest.mark.parametrize("section", ["lavin", "lavin adapter"])
 def test_adapter_metadata_with_an_unknown_key(tmp_path, section):
     """An earlier version passed the key on to a dataclass, which raised a TypeError."""
-    file = tmp_path / "a.safetensors"
-    make_lavin().save(file, **SETTINGS)
-    tensors, meta = adapter_files.read_adapters(file)
-    place = meta
-    for name in section.split():
-        place = place[name]
-    place["rank"] = 4
-    adapter_files.write_adapters(file, tensors, meta)
+    file = with_metadata(tmp_path, section, "rank", 4)
     adapters_fail(file, f"metadata {section.replace(' ', '.')}.rank is unknown, expected ", "use the version")
 
 

@@ -114,9 +114,9 @@ def stack(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: b
 
 
 def piled(rng: random.Random, things: list[list[str]]) -> Stack:
-    """Each thing's words at a position of its own, in order.
+    """Give each thing one of the N_SLOTS positions, in order; all its words share this position.
 
-    The other positions are empty, or hold the words of all things with small weights.
+    The positions that are left are empty, or hold the words of all things with small weights.
     """
     slots = [{word: rng.uniform(0, 0.4) for said in things for word in said} if rng.random() < 0.5 else {}
              for _ in range(N_SLOTS)]
@@ -185,7 +185,7 @@ class Corpus:
         return parts
 
     def pairs(self) -> Document:
-        """Two to four pairs of words, then six times the word that stands beside another.
+        """List two to four pairs of words; then ask six times for the partner of a word.
 
         The first words of all pairs are of one kind and the second of another, so that the word asked with
         tells on which side the answer stands.
@@ -455,7 +455,7 @@ class Corpus:
         return parts
 
     def choice(self, question: str, answer: str, pool: list[str]) -> tuple[str, str]:
-        """A question with options whose solution is the bare answer."""
+        """A question with options. The solution is the answer in a short sentence: "It is a dog."."""
         q = world.Question("", question, answer, f"It is {article(answer)}.", tuple({answer, *pool}))
         q = q._replace(pool=tuple(sorted(q.pool)))
         p = world.record(self.rng, self.letters, q, "", "", "", "")

@@ -139,16 +139,10 @@ FITTING = {"position": ("one", "two", "three"), "size": ("one", "two", "three"),
            "count": ("many", "many", "one", "two", "three"), "compare": ("two", "three")}
 # the wordings of each question; the last one is only for the split "reworded"
 WORDINGS = {
-    "color": ("What color is the {s}?", "Which color does the {s} have?", "What is the color of the {s}?",
-              "The {s} has which color?", "Can you tell me the color of the {s}?"),
-    "colors": ("What color are the {s}?", "Which color do the {s} have?", "What is the color of the {s}?",
-               "The {s} have which color?", "Can you tell me the color of the {s}?"),
-    "shape": ("What shape is the {c} thing?", "Which shape does the {c} thing have?",
-              "What is the shape of the {c} thing?", "The {c} thing has which shape?",
-              "Can you name the shape of the {c} thing?"),
-    "shapes": ("What shape are the {c} things?", "Which shape do the {c} things have?",
-               "What is the shape of the {c} things?", "The {c} things have which shape?",
-               "Can you name the shape of the {c} things?"),
+    "color": ("What color {are} the {s}?", "Which color {do} the {s} have?", "What is the color of the {s}?",
+              "The {s} {have} which color?", "Can you tell me the color of the {s}?"),
+    "shape": ("What shape {are} the {s}?", "Which shape {do} the {s} have?", "What is the shape of the {s}?",
+              "The {s} {have} which shape?", "Can you name the shape of the {s}?"),
     "size": ("What size is the {s}?", "Is the {s} big or small?", "What is the size of the {s}?",
              "How big is the {s}?", "Can you tell me the size of the {s}?"),
     "count": ("How many {s} are there?", "What is the number of {s}?", "How many {s} do you see?",
@@ -168,6 +162,7 @@ WORDINGS = {
     "there": ("{Are} there {w}?", "Is it true that there {are} {w}?", "There {are} {w}, yes or no?",
               "Do you see {w}?", "Can you say if there {are} {w}?"),
 }
+ONE, MANY = {"are": "is", "do": "does", "have": "has"}, {"are": "are", "do": "do", "have": "have"}
 # word that nothing but the adapters' training explains -> the English word that it stands for
 MADE_UP = {"wug": "first", "dax": "last", "blick": "after", "fep": "before", "glim": "most", "snib": "fewest",
            "zum": "plus", "mib": "minus"}
@@ -219,9 +214,10 @@ class Asker:
         first = scene.things[0]
         if scene.kind == "many":
             s, c, n = PLURAL[first.shape], first.color, NUMBERS[len(scene.things) - 1]
-            asked = [Question("color", self.word(WORDINGS["colors"], s=s), c, f"The {s} are {c}.", COLORS),
-                     Question("shape", self.word(WORDINGS["shapes"], c=c), s, f"The {c} things are {s}.",
-                              tuple(PLURAL.values()))]
+            color = self.word(WORDINGS["color"], s=s, **MANY)
+            shape = self.word(WORDINGS["shape"], s=f"{c} things", **MANY)
+            asked = [Question("color", color, c, f"The {s} are {c}.", COLORS),
+                     Question("shape", shape, s, f"The {c} things are {s}.", tuple(PLURAL.values()))]
             return asked + [self.count(s, n, NUMBERS[1:]), self.claim_number(n, c, s)]
         asked = []
         if len({thing.shape for thing in scene.things}) == len(scene.things):
@@ -234,16 +230,16 @@ class Asker:
         return Question("count", text, n, f"The number of {what} is {n}.", possible)
 
     def thing(self, scene: scenes.Scene, thing: scenes.Thing) -> list[Question]:
-        """Questions about one of a few things, whose shapes and colors differ."""
+        """Questions about one thing of a scene of one to three. No two things share a shape or a color."""
         s, c, rest = thing.shape, thing.color, [t for t in scene.things if t is not thing]
         self.rng.shuffle(rest)
         [where] = places(scene, [thing])
         other_places = tuple(places(scene, rest)) if rest else ()
         # offer the other things' words too, so that color, shape and place must be bound
-        return [Question("color", self.word(WORDINGS["color"], s=s), c, f"The {s} is {c}.", COLORS,
+        return [Question("color", self.word(WORDINGS["color"], s=s, **ONE), c, f"The {s} is {c}.", COLORS,
                          tuple(t.color for t in rest)),
-                Question("shape", self.word(WORDINGS["shape"], c=c), s, f"The {c} thing is a {s}.", SHAPES,
-                         tuple(t.shape for t in rest)),
+                Question("shape", self.word(WORDINGS["shape"], s=f"{c} thing", **ONE), s,
+                         f"The {c} thing is a {s}.", SHAPES, tuple(t.shape for t in rest)),
                 Question("size", self.word(WORDINGS["size"], s=s), thing.size, f"The {s} is {thing.size}.",
                          SIZES),
                 Question("position", self.word(WORDINGS["where"], s=s), where, f"The {s} is {where}.",
