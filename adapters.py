@@ -21,7 +21,7 @@ one for text, one for images. This has three consequences. First, t_m runs outsi
 (`LLaMA.route`). All positions then move by one, which changes nothing, because rotary attention depends only
 on differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has no
 activation. Third, a trained adapter can be merged into the projection that follows it (`fold`). The ViT has
-no t_m: its router reads the image's own [cls] token, so there w differs from image to image.
+no t_m: its router reads the image's own [cls] token. There w differs from image to image, after block 0.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
 not stay equal: the gradients of phi_u1 and phi_u2 are weighted by w_0 and w_1, which differ between text and

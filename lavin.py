@@ -124,7 +124,7 @@ class LaVIN(nn.Module):
         Z, image_embeds = [], iter(image_embeds)
         for modality, head, rest in zip(batch.modality, words[::2], words[1::2]):
             X_prime = next(image_embeds).type_as(head) if modality == IMAGE else head[:0]  # [n or 0, C]
-            # Eq. (7): Z = [t_m, X', Y]. Y = head + rest, around X' as in the released code; t_m runs apart
+            # Eq. (7): Z = [t_m, X', Y]. Y: head ([BOS] "Image: ") and rest; t_m runs apart, in LLaMA.route
             Z.append(torch.cat([head, X_prime, rest]))
         return Z
 
@@ -167,7 +167,7 @@ class LaVIN(nn.Module):
         """Put the projections that were folded for this modality into these layers; default: all."""
         if modality not in self.folded:
             raise ValueError("the model was folded for the other modality; call fold(TEXT, IMAGE)")
-        self.folded_for = modality
+        self.folded_for = modality  # speed/step.py reads it
         for i in layers or range(len(self.llama.layers)):
             a, (W, b) = self.llama.layers[i].attention, self.folded[modality][i]
             rows = [linear.out_features for linear in (a.wq, a.wk, a.wv)]  # C, G D, G D
@@ -210,7 +210,7 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}): step s draws R_s from the softmax of logits
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}): step s draws R_s with p = softmax(logits)
             R_s = pick(logits, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]

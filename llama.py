@@ -11,8 +11,8 @@ which keys a query may see: each hands its own function `attend(layer, q, k, v)`
 
 What one block keeps of a token for the backward pass: x, q, k, v, the attention's output, x after the
 attention, the hidden vectors w1(x) and w3(x) of the feed-forward, and the log of each head's softmax
-denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing, because they
-need no gradient. Norms, adapters and the feed-forward's product are recomputed. The ViT's blocks do the same.
+denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing, because
+their weights need no gradient. Norms, adapters and the feed-forward's product are recomputed. The ViT's blocks do the same.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.
@@ -69,7 +69,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> e^(i angle) [.., T, 1, D/2], complex64."""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # LLaMA-1, -2: freq as it is
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -86,7 +86,7 @@ def dot_product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **m
 
 
 class KVCache:
-    """Keys and values of B rows: k and v are lists of L tensors [B, G, S, D]. Slot s of a row: position s.
+    """Keys and values of B rows: k and v are lists of L tensors [B, G, S, D]. Slot s holds position s.
 
     Rows may differ in length. The padding behind a shorter prompt lands in the cache too, but no query looks
     beyond its own position, and the row's next tokens overwrite it.
@@ -108,7 +108,7 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, G, D] at positions [B or 1, T]; return all keys and values, [B, filled, G, D]."""
         keys, values = self.k[layer], self.v[layer]  # [B, G, S, D]
-        # index tensors around a slice: torch moves their axes to the front, so this is [B, T, G, D] like k, v
+        # torch puts the indexed axes, rows and positions, first: keys[..] is [B, T, G, D], as k is
         keys[self.rows, :, positions] = k
         values[self.rows, :, positions] = v
         return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
@@ -226,7 +226,7 @@ class LLaMA(nn.Module):
         """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state.
 
         The loop is Block.forward for tokens that see only themselves; there q, k and rotation do not matter.
-        Released code: dropout here too. Here: none, so that w does not vary.
+        Released code: with dropout. Here: without, so that w does not vary.
         """
         routing_weights = []
         for block in self.layers:

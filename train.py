@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # isort: skip  # before torch: Ctrl-C during its import ends in one line
+import cli  # isort: skip  # before torch, so that Ctrl-C while torch is imported prints one line
 import torch
 import torch.distributed as dist
 
@@ -67,7 +67,7 @@ class Config:
     lr: float = 0.048  # [0, inf) base learning rate; the rate used is lr x batch_size / 256
     weight_decay: float = 0.02  # [0, inf) on matrices only
     beta2: float = 0.95  # [0, 1) of AdamW; beta1 is 0.9
-    clip_grad: float = 0.0  # [0, inf) largest gradient norm; 0: no clipping, as in the paper
+    clip_grad: float = 0.0  # [0, inf) largest gradient norm; 0: no clipping
     seed: int = 0  # [0, inf) of initial adapters, data order and dropout
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
@@ -190,7 +190,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     first = load_checkpoint(out / "checkpoint.pt", model, optimizer, must_match) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = data.prefetch(steps, range(first, stop), workers, pin_memory=device.type == "cuda")
-    log = Log(out / "log.jsonl", stop, first) if is_main else None  # collects losses, prints an interval
+    log = Log(out / "log.jsonl", stop, first) if is_main else None  # keeps losses, prints a line now and then
 
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
         buffer.zero_()
@@ -213,8 +213,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             tokens = sum(steps.lengths[i] for i in steps.chosen(step))
             log.step(torch.stack([loss_sum, squared_norm]), tokens)
         to_save = done % cfg.save_every == 0 or done == stop
-        if is_main and (to_save or done % cfg.log_every == 0):
-            losses = log.line(done, optimizer.param_groups[0]["lr"], device)  # since the last line
+        if is_main and (to_save or done % cfg.log_every == 0):  # print a line about the steps since the last
+            losses = log.line(done, optimizer.param_groups[0]["lr"], device)
             check_losses(losses, done, steps)
         if is_main and to_save:
             write_checkpoint(out / "checkpoint.pt", {

@@ -1,10 +1,9 @@
 """Equations (1) to (8) of LaVIN (https://arxiv.org/abs/2305.15023), computed on the tiny model.
 
-Run `python walkthrough.py`, or open its `# %%` cells as a notebook. Below each value of the model stands that
-of tests/naive.py: the same formulas in numpy and float64. The program stops if they differ by more than 1e-4.
+Run `python walkthrough.py`, or open its `# %%` cells as a notebook. Below each value of the model is the value
+of tests/naive.py: the same formulas in numpy and float64. It stops if the two differ by more than 1e-4.
 """
 import inspect
-import sys
 import textwrap
 from unittest.mock import patch
 
@@ -19,14 +18,12 @@ from adapters import MMAdapter, freeze_base, trainable
 from data import Example, Sample, collate, encode
 from lavin import IMAGE, LaVIN, Neck
 from official.tokenizer import Tokenizer
-
-sys.path.append("tests")
-import naive
+from tests import naive
 
 
 # %% Two helpers: show the code of an equation, compare two values
 def equation(n: int, title: str, *functions) -> None:
-    """Print the line of each function that has the tag of Eq. (n). If it is a comment, also the next line."""
+    """Print the line of each function with the tag of Eq. (n). If it is a comment, also the code below it."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
         lines = [line.strip() for line in inspect.getsource(f).splitlines()]
@@ -57,7 +54,7 @@ def example(response: str, image: str | None = "tiny/demo.png") -> Example:  # t
 
 asked, right, wrong, text = example(""), example(RED), example("The answer is B."), example("", image=None)
 batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, right, wrong))  # 64 x 64 pixels
-picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3, 64, 64]; red and blue exchanged
+picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
 print(f"tiny/demo.png shows a big red circle, left of a small blue square. The prompt:\n\n{prompt}")
@@ -67,7 +64,7 @@ equation(1, "the modality token", LaVIN.modality_tokens)
 check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], naive_asked.Z[0]]))
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
-equation(2, "the MM-Adapter, for the words of the prompt", MMAdapter.forward)
+equation(2, "the MM-Adapter, with f_a1(Z) = phi_u1(phi_d(Z)): down to width 8, up again", MMAdapter.forward)
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C], here of the words without X'
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -82,25 +79,28 @@ print("Untrained adapters leave every bit of the output as it was:", all(map(tor
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", MMAdapter.route, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
-print("By hand: (1, 0) at tau 10, at tau 1 gives w =", *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3))
+print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau 10 and {} at tau 1.".format(
+    *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3)))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
-w_vit, route = [], MMAdapter.route  # w_vit: the result of route in each block, [image, 1, (w_0, w_1)]
-with patch.object(MMAdapter, "route", lambda adapter, cls: w_vit.append(route(adapter, cls)) or w_vit[-1]):
-    model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT: each image has its own. The demo, and the demo with red and blue exchanged:",
+w_vit, tau = [], model.cfg.adapter.tau  # w_vit: of each block, [image, 1, (w_0, w_1)]
+for block in model.vit.transformer.resblocks:  # f_w returns [cls] W_m + b_m; the hook keeps the softmax
+    block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, out: w_vit.append((out / tau).softmax(-1)))
+model.vit(torch.stack([picture, exchanged]))
+print("w_0 in the ViT: after block 0, each image has its own. The demo, and with red and blue exchanged:",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "what trains. L: loss of the wrong response; x: added to phi_d.bias in ViT block 0",
-         freeze_base, train.train)
+equation(4, "what trains. This phi is the frozen LLM, not part of an adapter", freeze_base, train.train)
+print("Do gradients reach the other end, through both frozen models? L is the loss of the wrong response\n"
+      "'The answer is B.'; x is added to every entry of phi_d.bias in block 0 of the ViT.")
 with torch.enable_grad():
     model(wrong_batch).backward()
-moved = {n for n, x in model.named_parameters() if x.grad is not None}
-assert moved == trainable(model).keys(), "a frozen parameter trains"
+has_gradient = {n for n, x in model.named_parameters() if x.grad is not None}
+assert has_gradient == trainable(model).keys(), "a frozen parameter trains"
 name = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # its gradient passes through both models
 L = lambda x: -naive.run(weights | {name: weights[name] + x}, model, wrong, picture).log_p.sum()
-check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, differences")
+check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, finite difference")
 with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
@@ -139,11 +139,11 @@ print(f"p(R | Z) = {np.prod(p_R):.4f}. With red and blue exchanged in the image:
 with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attention) as attention:
     model.hidden(right_batch)
 q, k = (x[0] for x in attention.call_args.args[:2])  # of the last layer, rotated: [T, H, D]
-names = [repr(tokenizer.decode([id])) for id in right.head + list(right.rest)]
+names = ["[BOS]"] + [repr(tokenizer.decode([id])) for id in right.head[1:] + list(right.rest)]
 names = names[:len(right.head)] + [f"X'_{i + 1}" for i in range(n_cls)] + names[len(right.head):]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
-print('\nThe token before "red" looks at (last layer, mean of the heads):',
+print('\nThe token before "red" looks at (last layer, mean of the heads, if above 0.01):',
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges the adapters into wq, wk and wv. The logits of the first token stay the same:")
 check("not folded", "B V", model.prefill(batch, 1)[0], model.fold(IMAGE).prefill(batch, 1)[0], "folded")
