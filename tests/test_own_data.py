@@ -13,8 +13,8 @@ import train
 
 QUESTION = "What is this a photo of?"
 ANSWERS = {"stripes": "The old garden fence behind our house.",
-           "checks": "A chess board, waiting for a game.",
-           "waves": "Waves that roll onto the beach."}
+           "checks": "The kitchen floor of my sister.",
+           "waves": "The water near the beach."}
 TEXTS = {"Who took the photos?": "My sister did, last summer.", "Where is our house?": "It is near the sea."}
 
 
