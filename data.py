@@ -57,12 +57,12 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
 
 
 def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tuple[list[Example], dict]:
-    """Training examples of at most max_len tokens, and how many were kept, cut and dropped.
+    """Training examples of at most max_len tokens, and how many were kept, cut, dropped, have a picture.
 
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len. Both leave no target;
     in the released code the loss then turns NaN. Released code: t_m counts, so our max_len 512 is its 513.
     """
-    examples, count = [], {"kept": 0, "cut": 0, "dropped": 0}
+    examples, count = [], {"kept": 0, "cut": 0, "dropped": 0, "with a picture": 0}
     for sample in samples:
         e = encode(sample, tokenizer, n_cls)
         if e.start >= max_len or not sample.response:
@@ -70,6 +70,7 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
             continue
         count["kept"] += 1
         count["cut"] += e.length > max_len
+        count["with a picture"] += e.n_visual > 0
         # int32 arrays: lists of ints take 9 times the memory, and LLaVA's conversations have 350,000 turns
         e.rest = np.array(e.rest[:max_len - len(e.head) - e.n_visual], dtype=np.int32)
         examples.append(e)

@@ -1,10 +1,11 @@
-"""Fill in the paper's tables, one command per table. Without a command: scienceqa.
+"""Fill in the paper's tables, one command per table, or score your own data. Without a command: scienceqa.
 
     python evaluate.py scienceqa                                 the embedded model on the embedded test split
     python evaluate.py scienceqa --data ScienceQA                Table 1
     python evaluate.py coco --data COCO                          Table 4, Karpathy's test split
     python evaluate.py mme --data MME_Benchmark_release_version  Table 5, pictures
     python evaluate.py truthfulqa --data mc_task.json            Table 5, text
+    python evaluate.py json --data mine.json                     your own records, see prompts.py
 
 --llama, --clip and --adapters choose the model, as in sample.py. Under torchrun, each process answers a share
 of the questions. With --out, a run that was stopped resumes when it is started again with the same flags.
@@ -15,10 +16,9 @@ Each command can also score existing predictions, which needs no weights, no pic
     python evaluate.py coco --predictions FILE --references dataset_coco.json
     python evaluate.py mme --results DIR                                  MME's own files, one <task>.txt each
     python evaluate.py truthfulqa --data mc_task.json --predictions FILE  the file that --out wrote
+    python evaluate.py json --data mine.json --predictions FILE           {id: text}
 """
-import difflib
 import json
-import re
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +26,6 @@ from datetime import timedelta
 import cli
 import prompts
 from evaluation import benchmarks, scores  # answering needs torch: imported where it is used
-from prompts import Sample
 
 
 @dataclass
@@ -52,37 +51,9 @@ class GenerationFlags(ModelFlags):
     batch_size: int = 64  # [1, inf) questions that each process answers at once
 
 
-def adapter_metadata(cfg: ModelFlags, needs_pictures: bool = False) -> dict:
-    """What the adapter file records about its training."""
-    import weights
-    metadata = weights.read_adapters(cfg.adapters)[1]
-    if needs_pictures and not metadata["lavin"]["vision"]:
-        raise ValueError(f"{cfg.adapters}: text-only adapters; this command needs some trained with pictures")
-    return metadata
-
-
-def generate(cfg: GenerationFlags, samples: list[Sample], out: str, metadata: dict,
-             until: re.Pattern | None = None, **run) -> dict[str, str] | None:
-    """{id: generated text} on the first process, None on the others.
-
-    An answer ends where `until` matches. run: settings that are recorded in `out`, see `answering.predict`.
-    """
-    from evaluation import answering
-    prompts.check_pictures(samples)
-    rank, _ = cli.processes()
-    longest = cfg.max_new_tokens or metadata["max_new_tokens"]
-    sampling = dict(max_new_tokens=longest, temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
-
-    def work(model, tokenizer, samples, write):
-        answering.answer(model, tokenizer, samples, **sampling, batch_size=cfg.batch_size,
-                         progress=rank == 0, until=until, write=write)
-
-    return answering.predict(cfg, samples, out, {**run, **sampling}, work)
-
-
 @dataclass
 class ScienceQA(GenerationFlags):
-    """Table 1: answer a split of ScienceQA, print the nine columns. Other commands: coco, mme, truthfulqa."""
+    """Table 1: answer a split of ScienceQA. Other commands: coco, mme, truthfulqa, json."""
     data: str = "tiny/data"  # folder in ScienceQA's layout
     split: str = "test"  # a key of pid_splits.json
     out: str = ""  # .jsonl file for the predictions; if it exists, the run resumes from it
@@ -97,21 +68,17 @@ def scienceqa(cfg: ScienceQA) -> tuple[dict, str] | None:
         what = f"{cfg.split} problems of {cfg.data}"
         answers = scores.predictions_for(cfg.predictions, [s.id for s in samples], what)
     else:
-        metadata = adapter_metadata(cfg)
-        samples = prompts.read_scienceqa(cfg.data, cfg.split, metadata["format"], metadata["captions"],
-                                         metadata["lavin"]["vision"])[: cfg.limit or None]
-        answers = generate(cfg, samples, cfg.out, metadata, scores.ANSWER if cfg.stop_at_letter else None,
-                           command="scienceqa", data=cfg.data, split=cfg.split,
-                           stop_at_letter=cfg.stop_at_letter)
+        from evaluation import answering
+        metadata = answering.adapter_metadata(cfg)
+        samples = prompts.read_scienceqa(cfg.data, cfg.split, metadata["format"],
+                                         metadata["captions"])[: cfg.limit or None]
+        until = scores.ANSWER if cfg.stop_at_letter else None
+        answers = answering.ask(cfg, samples, cfg.out, metadata, until, command="scienceqa", data=cfg.data,
+                                split=cfg.split, stop_at_letter=cfg.stop_at_letter)
     if answers is None:
         return None
-    if not samples:
-        raise ValueError(f"{cfg.data}: split {cfg.split} is empty; choose another --split")
     result = scores.scienceqa(samples, answers, cfg.predictions or cfg.out)
-    table = scores.scienceqa_table(result, paper=True)
-    if cfg.data == ScienceQA.data:
-        table += "\n(here: the embedded small world; the paper's rows are about ScienceQA)"
-    return result, table
+    return result, scores.scienceqa_table(result, paper=cfg.split == "test")
 
 
 @dataclass
@@ -133,18 +100,14 @@ def coco(cfg: COCO) -> tuple[dict, str] | None:
         what = f"pictures of {cfg.references}"
         captions = scores.predictions_for(cfg.predictions, list(references), what)
     else:
+        from evaluation import answering
         source, *others = prompts.mixture(f"coco:{cfg.data}")
         if others:
             raise ValueError(f"--data {cfg.data}: expected one folder, without a comma")
         samples = prompts.read_coco(source.path, source.images, "test")[: cfg.limit or None]
-        references = {s.id: s.problem["captions"] for s in samples}
-        try:
-            scores.caption_tools()
-        except ValueError as e:  # report it before the captioning, which takes long
-            print(f"the captions will not be scored: {e}", file=sys.stderr)
-            references = {}
-        metadata = adapter_metadata(cfg, needs_pictures=True)
-        captions = generate(cfg, samples, cfg.out, metadata, command="coco", data=cfg.data)
+        references = {s.id: s.problem["captions"] for s in samples} if scores.can_score_captions() else {}
+        metadata = answering.adapter_metadata(cfg, needs_pictures=True)
+        captions = answering.ask(cfg, samples, cfg.out, metadata, command="coco", data=cfg.data)
         if captions is None or not references:
             return None
     result = scores.coco(captions, references, cfg.predictions or cfg.out)
@@ -165,12 +128,12 @@ def mme(cfg: MME) -> tuple[dict, str] | None:
     if bool(cfg.data) == bool(cfg.results):
         raise ValueError("mme: give --data DIR to answer the questions, or --results DIR to score replies")
     if cfg.data:
-        tasks = cfg.tasks.split(",") if cfg.tasks else [*scores.PERCEPTION, *scores.COGNITION]
-        for task in tasks:
-            scores.check_task("--tasks", task)
+        from evaluation import answering
+        tasks = scores.mme_tasks(cfg.tasks)
         samples = benchmarks.read_mme(cfg.data, tasks)[: 2 * cfg.limit or None]  # two questions per picture
-        metadata, out = adapter_metadata(cfg, needs_pictures=True), f"{cfg.out}/predictions.jsonl"
-        replies = generate(cfg, samples, out, metadata, command="mme", data=cfg.data, tasks=cfg.tasks)
+        metadata = answering.adapter_metadata(cfg, needs_pictures=True)
+        replies = answering.ask(cfg, samples, f"{cfg.out}/predictions.jsonl", metadata, command="mme",
+                                data=cfg.data, tasks=cfg.tasks)
         if replies is None:
             return None
         scores.write_mme(cfg.out, samples, replies)
@@ -202,8 +165,34 @@ def truthfulqa(cfg: TruthfulQA) -> tuple[dict, str] | None:
     return result, scores.truthfulqa_table(result)
 
 
+@dataclass
+class OwnData(GenerationFlags):
+    """Your own data: answer each record of a JSON file, print the share of answers that match exactly."""
+    data: str = ""  # .json or .jsonl file of records; json:FILE, as for train.py, means the same
+    images: str = ""  # folder of the pictures; "": the folder of the file
+    out: str = ""  # .jsonl file for the answers; if it exists, the run resumes from it
+    predictions: str = ""  # score this file instead of running the model: {id: text}
+
+
+def own_data(cfg: OwnData) -> tuple[dict, str] | None:
+    if not cfg.data:
+        raise ValueError("json: give --data FILE, where FILE is a list of records as in training")
+    file = cfg.data.removeprefix("json:")
+    samples = prompts.read_instructions(file, cfg.images, asked=True)[: cfg.limit or None]
+    if cfg.predictions:
+        answers = scores.predictions_for(cfg.predictions, [s.id for s in samples], f"records of {cfg.data}")
+    else:
+        from evaluation import answering
+        metadata = answering.adapter_metadata(cfg)
+        answers = answering.ask(cfg, samples, cfg.out, metadata, command="json", data=cfg.data)
+    if answers is None:
+        return None
+    result = scores.exact_match(samples, answers, cfg.predictions or cfg.out)
+    return result, scores.exact_match_table(result)
+
+
 COMMANDS = {"scienceqa": (ScienceQA, scienceqa), "coco": (COCO, coco), "mme": (MME, mme),
-            "truthfulqa": (TruthfulQA, truthfulqa)}
+            "truthfulqa": (TruthfulQA, truthfulqa), "json": (OwnData, own_data)}
 
 
 def main() -> None:
@@ -211,8 +200,7 @@ def main() -> None:
     if argv and not argv[0].startswith("-"):
         name, *argv = argv
     if name not in COMMANDS:
-        near = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(name, COMMANDS, n=1))
-        raise ValueError(f"unknown command {name!r}; {near}known: {', '.join(COMMANDS)}")
+        raise ValueError(f"unknown command {name!r}; {scores.did_you_mean(name, COMMANDS)}")
     config, command = COMMANDS[name]
     cfg = cli.parse(config, argv=argv)
     if cfg.data == ScienceQA.data and cli.processes()[0] == 0:

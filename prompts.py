@@ -12,8 +12,6 @@ A mixture is a list of sources, separated by commas. DIR alone means scienceqa:D
         {"instruction": "What color is the sofa?", "image": "cat.jpg", "output": "It is red."}
         {"instruction": "Translate to French.", "input": "Good morning.", "output": "Bonjour."}
         {"instruction": "Name a prime above 10.", "output": "11"}
-        {"instruction": "Add a title.", "input": "The cat slept all day.", "output": "A lazy day"}
-        {"instruction": "What is a prime?", "output": "A number that only 1 and itself divide."}
 
 IMAGES is the folder of the pictures. By default it is the folder of the file, and for LLaVA train2014/ in it.
 """
@@ -85,8 +83,9 @@ def read_records(path: Path, what: str) -> list[tuple[str, dict]]:
 
 
 def field(where: str | Path, record: dict, name: str, kind: type = str, default=None):
-    """record[name], which must be of type `kind`; if it is missing, the default or an error."""
-    value = record.get(name, default) if isinstance(record, dict) else None
+    """record[name], which must be of type `kind`; if it is missing or null, the default or an error."""
+    value = record.get(name) if isinstance(record, dict) else None
+    value = default if value is None and isinstance(record, dict) else value
     if not isinstance(value, kind) or isinstance(value, bool):  # to Python, JSON's true is an int
         raise ValueError(f"{where}: {name!r} is missing or not {getattr(kind, '__name__', kind)}")
     return value
@@ -197,6 +196,8 @@ def read_scienceqa(folder: str | Path, split: str, form: str = "QCM-ALE", captio
         image = inside(where, folder / "images", split, id, p["image"]) if p.get("image") and vision else None
         prompt = build_prompt(p["question"], context, p["choices"], form)
         samples.append(Sample(id, prompt, build_response(p, form), image, p))
+    if not samples:
+        raise ValueError(f"{folder}: split {split} is empty")
     return samples
 
 
@@ -207,14 +208,18 @@ def instruct(instruction: str, input: str = "") -> str:
     return f"Instruction: {f'{instruction} {input}'.strip()}\nResponse:"
 
 
-def read_instructions(file: str | Path, images: Path | None = None) -> list[Sample]:
-    """Alpaca-52k (Taori et al., 2023), or your own records. The fields input and image are optional."""
+def read_instructions(file: str | Path, images: str | Path = "", asked: bool = False) -> list[Sample]:
+    """Alpaca-52k (Taori et al., 2023), or your own records. The fields input and image are optional.
+
+    asked: so is output, because only training and scoring need it
+    """
     file, samples = Path(file), []
     for i, (where, r) in enumerate(read_records(file, "records with instruction, input, output")):
         name = field(where, r, "image", default="")
         prompt = instruct(field(where, r, "instruction"), field(where, r, "input", default=""))
-        image = inside(where, images or file.parent, name) if name else None
-        samples.append(Sample(f"{file.stem}:{i}", prompt, field(where, r, "output").strip(), image, {}))
+        image = inside(where, Path(images or file.parent), name) if name else None
+        output = field(where, r, "output", default="" if asked else None).strip()
+        samples.append(Sample(f"{file.stem}:{i}", prompt, output, image, {}))
     return samples
 
 
@@ -306,9 +311,7 @@ class Source(NamedTuple):
         elif self.kind == "coco":
             samples = read_coco(self.path, self.images, split)
         else:
-            samples = read_instructions(self.path, self.images)
-        if not samples:
-            raise ValueError(f"{self}: split {split} is empty")
+            samples = read_instructions(self.path, self.images or "")
         if not vision:
             for s in samples:
                 s.image = None

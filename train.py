@@ -174,9 +174,9 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     params = trainable(model)
     n_params = sum(p.numel() for p in params.values())
     accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
-    say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {warmup} of them warm-up; "
-        f"{accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = {cfg.batch_size} samples; "
-        f"peak lr {peak_lr:.2e}")
+    say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {steps.per_epoch} per "
+        f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = "
+        f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}")
 
     # one buffer holds all gradients and the loss, so one all-reduce serves a step; backward adds to the views
     buffer = torch.zeros(n_params + 1, device=device)

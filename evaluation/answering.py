@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -20,6 +21,7 @@ import cli
 import data
 import lavin
 import prompts
+import weights
 from evaluation import scores
 from evaluation.log import clock
 from official.saving import append, claim, named, write_atomically
@@ -184,10 +186,35 @@ def fingerprint(samples: list[Sample]) -> str:
     return f"{len(samples)}:{hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]}"
 
 
+def adapter_metadata(cfg, needs_pictures: bool = False) -> dict:
+    """What the adapter file records about its training."""
+    metadata = weights.read_adapters(cfg.adapters)[1]
+    if needs_pictures and not metadata["lavin"]["vision"]:
+        raise ValueError(f"{cfg.adapters}: text-only adapters; this command needs some trained with pictures")
+    return metadata
+
+
+def ask(cfg, samples: list[Sample], out: str, metadata: dict, until: re.Pattern | None = None,
+        **run) -> dict[str, str] | None:
+    """{id: generated text} on the first process, None on the others.
+
+    cfg: evaluate.py's flags. An answer ends where `until` matches. A text-only model is asked without the
+    pictures. run: settings that are recorded in `out`, see predict().
+    """
+    if not metadata["lavin"]["vision"]:
+        samples = [dataclasses.replace(s, image=None) for s in samples]
+    prompts.check_pictures(samples)
+    sampling = dict(max_new_tokens=cfg.max_new_tokens or metadata["max_new_tokens"],
+                    temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
+    work = partial(answer, **sampling, batch_size=cfg.batch_size, progress=cli.processes()[0] == 0,
+                   until=until)
+    return predict(cfg, samples, out, {**run, **sampling}, work)
+
+
 def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> dict | None:
     """{id: prediction} of all samples on the first process, None on the others.
 
-    Each process calls work(model, tokenizer, samples, write) for its share of the samples that have no
+    Each process calls work(model, tokenizer, samples, write=write) for its share of the samples that have no
     prediction in `out` yet. work() calls write({id: prediction}), which appends to `out`. `run` holds the
     settings that decide the predictions; the first line of `out` records them, and only a run with the same
     settings may resume.
@@ -221,7 +248,7 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
             if file:
                 append(file, json_lines(new))
 
-        work(model, tokenizer, left[rank::ranks], write)
+        work(model, tokenizer, left[rank::ranks], write=write)
         for part in gather(mine):
             done.update(part)
     return {s.id: done[s.id] for s in samples} if rank == 0 else None

@@ -4,6 +4,7 @@
     Table 4   COCO         BLEU-4 and CIDEr
     Table 5   MME          scores for perception and cognition
               TruthfulQA   MC1 and MC2
+    own data               exact match
 """
 import difflib
 import math
@@ -57,6 +58,12 @@ def check_types(file: str | Path, predictions: dict[str, object], kind: type, ex
             raise ValueError(f"{file}: the prediction for {id} is {prediction!r:.60}; expected {expected}")
 
 
+def did_you_mean(name: str, names) -> str:
+    """The end of a message about an unknown name: the most similar of the known names, and all of them."""
+    near = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(name, names, n=1))
+    return f"{near}known: {', '.join(names)}"
+
+
 def table(columns: list[str], rows: dict[str, list[str]]) -> str:
     """Columns of text aligned to the right, after the rows' labels."""
     label_width = max(map(len, rows))
@@ -78,7 +85,7 @@ COLUMNS = {
     "G7-12": lambda p: int(p["grade"].removeprefix("grade")) >= 7,
     "Avg": lambda p: True,
 }
-TABLE_1 = {  # the paper's rows, on the 4,241 problems of the test split
+TABLE_1 = {  # the paper's rows, on all problems of the test split
     "Human": (90.23, 84.97, 87.48, 89.60, 87.50, 88.10, 91.59, 82.42, 88.40),
     "LLaVA": (90.36, 95.95, 88.00, 89.49, 88.00, 90.66, 90.93, 90.90, 90.92),
     "LLaMA-Adapter": (84.37, 88.30, 84.36, 83.72, 80.32, 86.90, 85.83, 84.05, 85.19),
@@ -86,6 +93,7 @@ TABLE_1 = {  # the paper's rows, on the 4,241 problems of the test split
     "LaVIN-13B": (90.32, 94.38, 87.73, 89.44, 87.65, 90.31, 91.19, 89.26, 90.50),
     "LaVIN-13B, second row": (89.88, 94.49, 89.82, 88.95, 87.61, 91.85, 91.45, 89.72, 90.83),
 }
+TABLE_1_PROBLEMS = 4241
 ANSWER = re.compile(r"The answer is ([A-Z])\.")  # the first match counts
 
 
@@ -119,8 +127,13 @@ def scienceqa(samples: list[Sample], answers: dict[str, str | int], file: str = 
 
 
 def scienceqa_table(result: dict, paper: bool = False) -> str:
-    """The nine columns and the number of problems in each. paper: print the paper's own rows above them."""
+    """The nine columns and the number of problems in each.
+
+    paper: print the paper's own rows above them, if there are as many problems as those rows are about. Other
+    problems, such as the small world's, cannot be compared with them.
+    """
     percents = [result["accuracy"][x] for x in COLUMNS]
+    paper = paper and result["columns"]["Avg"][1] == TABLE_1_PROBLEMS
     rows = {f"{name} (paper)": [f"{x:.2f}" for x in row] for name, row in TABLE_1.items()} if paper else {}
     rows["here"] = ["-" if x is None else f"{x:.2f}" for x in percents]
     rows["problems"] = [str(result["columns"][x][1]) for x in COLUMNS]
@@ -165,6 +178,16 @@ def caption_tools():
     return Bleu(4), Cider(), PTBTokenizer()
 
 
+def can_score_captions() -> bool:
+    """Whether caption_tools() works here; prints why not. Call it before the captioning, which takes long."""
+    try:
+        caption_tools()
+    except ValueError as e:
+        print(f"the captions will not be scored: {e}", file=sys.stderr)
+        return False
+    return True
+
+
 def coco(captions: dict[str, str], references: dict[str, list[str]], file: str = "predictions") -> dict:
     """BLEU-4 and CIDEr in per cent, not rounded, and the number of pictures"""
     check_types(file, captions, str, "a text")
@@ -200,10 +223,16 @@ MME_LINE = "picture<TAB>question<TAB>Yes|No<TAB>reply"
 
 
 def check_task(where: str, task: str) -> None:
-    known = PERCEPTION + COGNITION
-    if task not in known:
-        near = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(task, known, n=1))
-        raise ValueError(f"{where}: unknown MME task {task!r}; {near}known: {', '.join(known)}")
+    if task not in PERCEPTION + COGNITION:
+        raise ValueError(f"{where}: unknown MME task {task!r}; {did_you_mean(task, PERCEPTION + COGNITION)}")
+
+
+def mme_tasks(names: str) -> list[str]:
+    """The tasks that the flag --tasks names, separated by commas; all tasks if it is empty."""
+    tasks = names.split(",") if names else [*PERCEPTION, *COGNITION]
+    for task in tasks:
+        check_task("--tasks", task)
+    return tasks
 
 
 def read_reply(reply: str) -> str | None:
@@ -307,3 +336,35 @@ def truthfulqa_table(result: dict) -> str:
     rows |= {f"here, {name}": [f"{result[name]:.1f}"] for name in ("MC1", "MC2")}
     note = "the paper does not say whether it reports MC1 or MC2"
     return f"{table(['TruthfulQA'], rows)}\n{result['questions']} questions; {note}"
+
+
+# --- your own data ---------------------------------------------------------------------------------
+
+def normalise(answer: str) -> str:
+    """Case, a final full stop and blanks at both ends do not count; blanks within count as one."""
+    return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
+
+
+def exact_match(samples: list[Sample], answers: dict[str, str], file: str = "predictions") -> dict:
+    """exact_match: {rows: per cent}, counts: {rows: [right, scored, all]}
+
+    The rows: records with a picture, without one, and all. An answer is right if it equals the record's
+    response, both normalised. A record without a response is not scored.
+    file: what messages call the answers
+    """
+    check_types(file, answers, str, "a text")
+    right = {s.id: normalise(answers[s.id]) == normalise(s.response) for s in samples if s.response}
+    counts = {}
+    for name, belongs in {"with a picture": lambda s: s.image, "without": lambda s: not s.image,
+                          "all": lambda s: True}.items():
+        ids = [s.id for s in samples if belongs(s)]
+        scored = [right[id] for id in ids if id in right]
+        counts[name] = [sum(scored), len(scored), len(ids)]
+    percent = {name: round(100 * hits / n, 2) if n else None for name, (hits, n, _) in counts.items()}
+    return {"exact_match": percent, "counts": counts}
+
+
+def exact_match_table(result: dict) -> str:
+    rows = {name: ["-" if percent is None else f"{percent:.2f}", *map(str, result["counts"][name])]
+            for name, percent in result["exact_match"].items()}
+    return table(["exact match", "right", "scored", "records"], rows)

@@ -99,7 +99,7 @@ def test_scienceqa(run, world, tmp_path):
     found = json.loads(run("scienceqa", *flags, "--out", tmp_path / "p.jsonl")[0])
     assert found["columns"]["Avg"][1] == 13 and list(found["accuracy"])[:9] == list(scores.COLUMNS)
     assert json.loads(run("scienceqa", *flags, "--predictions", tmp_path / "p.jsonl")[0]) == found
-    assert "LaVIN-7B (paper)" in run("scienceqa", "--data", world / "s", "--limit", 3)[0]
+    assert "paper" not in run("scienceqa", "--data", world / "s", "--limit", 3)[0]
 
 
 def test_the_default_command_is_scienceqa(world, monkeypatch):
@@ -181,6 +181,35 @@ def test_truthfulqa_equals_a_naive_recomputation(run, world, tmp_path, folded):
     assert found["MC1"] == 100 * np.mean(mc1) and found["MC2"] == pytest.approx(100 * np.mean(mc2), rel=1e-4)
     again = run("truthfulqa", *flags, "--predictions", tmp_path / "t.jsonl")[0]
     assert json.loads(again) == found
+
+
+def test_own_data(run, world, tmp_path):
+    """Every record is answered. Text-only adapters answer without opening, or needing, the pictures."""
+    colors = {name: published.picture(tmp_path / f"pics/{name}.png", name) for name in published.COLORS}
+    rows = [{"instruction": "What color?", "image": f"{name}.png", "output": name} for name in colors]
+    rows += [{"instruction": f"Name {k} colors."} for k in (2, 3)]
+    file = published.put(tmp_path / "own.json", rows)
+    flags = "--data", f"json:{file}", "--images", tmp_path / "pics"
+    found = json.loads(run("json", *flags, "--json", "--out", tmp_path / "p.jsonl")[0])
+    assert {name: n for name, (_, *n) in found["counts"].items()} == {
+        "with a picture": [4, 4], "without": [0, 2], "all": [4, 6]}
+    said = scores.read_predictions(tmp_path / "p.jsonl")
+    assert sorted(said) == [f"own:{i}" for i in range(6)] and len({said[f"own:{i}"] for i in range(4)}) > 1
+    for i in range(6):  # an answer that is taken over as the record's own is right
+        rows[i]["output"] = f" {said[f'own:{i}'].upper()} "
+    published.put(file, rows)
+    again, err = run("json", *flags, "--json", "--out", tmp_path / "p.jsonl")
+    assert json.loads(again)["exact_match"]["all"] == 100 and "6 predictions are there, 0 to go" in err
+    assert json.loads(run("json", *flags, "--json", "--limit", 3)[0])["counts"]["all"] == [3, 3, 3]
+    with pytest.raises(ValueError, match="own/red.png: no such picture, needed by sample own:0 .and 3 more"):
+        run("json", "--data", file, "--images", tmp_path / "own")
+    call(train.main, "--data", f"json:{file}:{tmp_path}/pics", "--out", tmp_path / "text", *TINY,
+         "--no-vision", "--adapter", "rep", "--steps", 1)
+    text_only = "--adapters", tmp_path / "text/adapters.safetensors"
+    found = json.loads(run("json", "--data", file, *text_only, "--json", "--out", tmp_path / "t.jsonl")[0])
+    assert found["counts"]["with a picture"][1:] == [4, 4]
+    said = scores.read_predictions(tmp_path / "t.jsonl")
+    assert len({said[f"own:{i}"] for i in range(4)}) == 1  # one question, and no picture tells them apart
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -319,7 +348,7 @@ def test_mistakes_are_one_line(run, world, tmp_path):
     (tmp_path / "s/images/test/2/image.png").unlink()
     told = message("scienceqa", "--data", tmp_path / "s")
     assert "test/2/image.png: no such picture, needed by sample 2" in told
-    assert "nothing to answer" in message("scienceqa", "--data", tmp_path / "s", "--split", "val")
+    assert "split val is empty" in message("scienceqa", "--data", tmp_path / "s", "--split", "val")
     assert "none of MME's folders is here" in message("mme", "--data", tmp_path)
     assert "mc.json: no such file" in message("truthfulqa", "--data", tmp_path / "mc.json")
     published.coco(tmp_path / "coco")

@@ -107,17 +107,29 @@ def test_code_keeps_its_indentation(tmp_path):
     assert sample.prompt == "Instruction: Fix:\n    x  = 1\nResponse:" and sample.response == "if x:\n    y"
 
 
-def test_the_six_documented_lines_of_own_data(tmp_path):
+def test_the_four_documented_lines_of_own_data(tmp_path):
     lines = [line.strip() for line in prompts.__doc__.splitlines() if line.strip().startswith("{")]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n\n")
     published.put(tmp_path / "mine.json", [json.loads(line) for line in lines])
     published.picture(tmp_path / "cat.jpg")
     a, b = (next(prompts.mixture(f"json:{tmp_path}/mine.{x}")).read() for x in ("jsonl", "json"))
-    assert a == b and len(a) == 6 and [s.image for s in a] == [tmp_path / "cat.jpg"] * 2 + [None] * 4
+    assert a == b and len(a) == 4 and [s.image for s in a] == [tmp_path / "cat.jpg"] * 2 + [None] * 2
     assert a[2].prompt == "Instruction: Translate to French. Good morning.\nResponse:"
     assert a[2].response == "Bonjour."
     (tmp_path / "mine.jsonl").write_text('{"instruction": "one\u2028line", "output": "x"}', encoding="utf-8")
     assert len(prompts.read_instructions(tmp_path / "mine.jsonl")) == 1
+
+
+def test_null_means_missing_and_only_training_needs_an_output(tmp_path):
+    """pandas and other tools write null for an empty cell"""
+    rows = [{"instruction": "x", "input": None, "image": None, "output": "y"}, {"instruction": "x"},
+            {"instruction": "x", "output": None}]
+    file = published.put(tmp_path / "a.json", rows)
+    assert [(s.response, s.image) for s in prompts.read_instructions(file, asked=True)] == [
+        ("y", None), ("", None), ("", None)]
+    assert "a.json: record 1: 'output' is missing" in one_line(prompts.read_instructions, file)
+    published.put(file, [{"instruction": "x", "output": 3}])
+    assert "record 0: 'output' is missing or not str" in one_line(prompts.read_instructions, file, asked=True)
 
 
 @pytest.mark.parametrize("prefix", ["COCO_train2014_", ""])

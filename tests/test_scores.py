@@ -36,7 +36,7 @@ def problem(id, letter, subject="natural", hint="", image=None, grade="grade2", 
     return Sample(id, "", "", None, p), (id, f"So. The answer is {letter}.")
 
 
-def test_nine_columns_counted_by_hand():
+def test_nine_columns_counted_by_hand(monkeypatch):
     rows = [problem("1", "A", "natural", hint="h", image="i.png"),
             problem("2", "B", "natural", grade="grade7"),
             problem("3", "A", "social", image="i.png", grade="grade12"),
@@ -53,6 +53,8 @@ def test_nine_columns_counted_by_hand():
     assert text[1].split() == "here 50.00 50.00 50.00 33.33 100.00 50.00 50.00 50.00 50.00".split()
     assert text[2].split() == "problems 2 2 2 3 2 2 4 2 6".split()
     assert text[3].startswith("1 answers without a letter")
+    assert scores.scienceqa_table(result, paper=True).splitlines() == text  # these are other problems
+    monkeypatch.setattr(scores, "TABLE_1_PROBLEMS", 6)
     paper = scores.scienceqa_table(result, paper=True).splitlines()
     printed = "89.25 94.94 85.24 88.51 87.46 88.08 90.16 88.07 89.41"
     assert next(x.split() for x in paper if "LaVIN-7B" in x)[2:] == printed.split()
@@ -407,3 +409,42 @@ def test_truthfulqa_mistakes(score, tmp_path):
     assert "p.json: the prediction for 1 is 'x'; expected {answer: log-probability}" in told
     assert "no predictions for some of the questions" in message({"0": {}})
     assert "give --data FILE" in one_line(score, "truthfulqa")
+
+
+# ---------------------------------------------------------------------------------------------------
+# own data
+
+OWN = [{"instruction": "Who?", "image": "a.jpg", "output": "A  brown Cat."},
+       {"instruction": "Where?", "image": "a.jpg", "output": "on the sofa"},
+       {"instruction": "When?", "output": "At 9.30 p.m."}, {"instruction": "Why?", "output": ""},
+       {"instruction": "How?", "image": None}]
+
+
+def test_exact_matches_counted_by_hand(score, tmp_path):
+    """Case, blanks and one final full stop do not count. The last two records have no answer to compare."""
+    file = published.put(tmp_path / "own.json", OWN)
+
+    def found(*texts):
+        said = published.put(tmp_path / "p.json", {f"own:{i}": text for i, text in enumerate(texts)})
+        return score("json", "--data", file, "--predictions", said, *flags)
+
+    flags = ["--json"]
+    assert json.loads(found(" a brown\ncat", "On the sofa!", "at 9.30 p.m", "x", "y")) == {
+        "exact_match": {"with a picture": 50.0, "without": 100.0, "all": 66.67},
+        "counts": {"with a picture": [1, 2, 2], "without": [1, 1, 3], "all": [2, 3, 5]}}
+    wrong = json.loads(found("a cat", "", "at 930 pm", "", ""))
+    assert wrong["exact_match"] == {"with a picture": 0.0, "without": 0.0, "all": 0.0}
+    flags = []
+    rows = found("a brown cat", "on the sofa..", "At 9.30 p.m.", "", "").splitlines()
+    assert rows[1].split() == "with a picture 50.00 1 2 2".split()
+    assert rows[2].split() == "without 100.00 1 1 3".split() and "paper" not in "".join(rows)
+    published.put(file, OWN[3:])
+    assert found("x", "y").splitlines()[3].split() == "all - 0 0 2".split()
+    assert "is 3; expected a text" in one_line(found, "x", 3)
+    assert "no predictions for some of the records of" in one_line(found, "x")
+
+
+def test_own_data_mistakes(score, tmp_path):
+    assert "json: give --data FILE" in one_line(score, "json")
+    told = one_line(score, "json", "--data", "json:none.json")
+    assert "none.json: no such file; expected records with instruction, input, output" in told
