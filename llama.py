@@ -11,8 +11,8 @@ which keys a query may see: each hands its own function `attend(layer, q, k, v)`
 
 What one block keeps of a token for the backward pass: x, q, k, v, the attention's output, x after the
 attention, the hidden vectors w1(x) and w3(x) of the feed-forward, and the log of each head's softmax
-denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing, because
-their weights need no gradient. Norms, adapters and the feed-forward's product are recomputed. The ViT's blocks do the same.
+denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing, because their
+weights need no gradient. Norms, adapters and w2's input are recomputed. The ViT's blocks do the same.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.

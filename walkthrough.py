@@ -1,7 +1,7 @@
 """Equations (1) to (8) of LaVIN (https://arxiv.org/abs/2305.15023), computed on the tiny model.
 
-Run `python walkthrough.py`, or open its `# %%` cells as a notebook. Below each value of the model is the value
-of tests/naive.py: the same formulas in numpy and float64. It stops if the two differ by more than 1e-4.
+Run `python walkthrough.py`, or open its `# %%` cells as a notebook. Below each value of the model is that of
+tests/naive.py: the same formulas in numpy and float64. The program stops if they differ by more than 1e-4.
 """
 import inspect
 import textwrap
@@ -100,7 +100,7 @@ has_gradient = {n for n, x in model.named_parameters() if x.grad is not None}
 assert has_gradient == trainable(model).keys(), "a frozen parameter trains"
 name = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # its gradient passes through both models
 L = lambda x: -naive.run(weights | {name: weights[name] + x}, model, wrong, picture).log_p.sum()
-check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, finite difference")
+check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, differences")
 with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
