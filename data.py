@@ -51,13 +51,13 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
-    if sample.response:  # one string, as in the released code; a token that spans its middle counts as prompt
+    if sample.response:  # one string, as in the released code: a token that spans both counts as prompt
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
 
 def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tuple[list[Example], dict]:
-    """Training examples of at most max_len tokens, and how many were kept, cut, dropped, have a picture.
+    """Training examples of at most max_len tokens; counts of samples kept, cut, dropped, with a picture.
 
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len. Both leave no target;
     in the released code the loss then turns NaN. Released code: t_m counts, so our max_len 512 is its 513.

@@ -167,7 +167,7 @@ def truthfulqa(cfg: TruthfulQA) -> tuple[dict, str] | None:
 
 @dataclass
 class OwnData(GenerationFlags):
-    """Your own data: answer each record of a JSON file, print the share of answers that match exactly."""
+    """Your own data: answer the records of a JSON file, and print how many answers match exactly."""
     data: str = ""  # .json or .jsonl file of records; json:FILE, as for train.py, means the same
     images: str = ""  # folder of the pictures; "": the folder of the file
     out: str = ""  # .jsonl file for the answers; if it exists, the run resumes from it

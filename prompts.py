@@ -84,8 +84,9 @@ def read_records(path: Path, what: str) -> list[tuple[str, dict]]:
 
 def field(where: str | Path, record: dict, name: str, kind: type = str, default=None):
     """record[name], which must be of type `kind`; if it is missing or null, the default or an error."""
-    value = record.get(name) if isinstance(record, dict) else None
-    value = default if value is None and isinstance(record, dict) else value
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not a JSON object, so it has no field {name!r}")
+    value = default if record.get(name) is None else record[name]
     if not isinstance(value, kind) or isinstance(value, bool):  # to Python, JSON's true is an int
         raise ValueError(f"{where}: {name!r} is missing or not {getattr(kind, '__name__', kind)}")
     return value
@@ -174,9 +175,9 @@ def check_problem(where: str, p: dict) -> None:
                          f"(2 to {len(LETTERS)} are possible)")
 
 
-def read_scienceqa(folder: str | Path, split: str, form: str = "QCM-ALE", captions: bool = False,
-                   vision: bool = True) -> list[Sample]:
-    """The problems of a split. captions: append captions to the hints. vision False: no pictures."""
+def read_scienceqa(folder: str | Path, split: str, form: str = "QCM-ALE",
+                   captions: bool = False) -> list[Sample]:
+    """The problems of a split. captions: append captions to the hints."""
     folder, what = Path(folder), "a folder in ScienceQA's layout"
     check_format(form)
     problems_file, splits_file = folder / "problems.json", folder / "pid_splits.json"
@@ -193,7 +194,7 @@ def read_scienceqa(folder: str | Path, split: str, form: str = "QCM-ALE", captio
         p = problems[id]
         check_problem(where, p)
         context = f"{p['hint']} {field(captions_file, texts, id, default='')}".strip()
-        image = inside(where, folder / "images", split, id, p["image"]) if p.get("image") and vision else None
+        image = inside(where, folder / "images", split, id, p["image"]) if p.get("image") else None
         prompt = build_prompt(p["question"], context, p["choices"], form)
         samples.append(Sample(id, prompt, build_response(p, form), image, p))
     if not samples:
@@ -208,10 +209,11 @@ def instruct(instruction: str, input: str = "") -> str:
     return f"Instruction: {f'{instruction} {input}'.strip()}\nResponse:"
 
 
-def read_instructions(file: str | Path, images: str | Path = "", asked: bool = False) -> list[Sample]:
+def read_instructions(file: str | Path, images: str | Path | None = None,
+                      asked: bool = False) -> list[Sample]:
     """Alpaca-52k (Taori et al., 2023), or your own records. The fields input and image are optional.
 
-    asked: so is output, because only training and scoring need it
+    asked: the field output is optional, too, because only training and scoring need it.
     """
     file, samples = Path(file), []
     for i, (where, r) in enumerate(read_records(file, "records with instruction, input, output")):
@@ -311,7 +313,7 @@ class Source(NamedTuple):
         elif self.kind == "coco":
             samples = read_coco(self.path, self.images, split)
         else:
-            samples = read_instructions(self.path, self.images or "")
+            samples = read_instructions(self.path, self.images)
         if not vision:
             for s in samples:
                 s.image = None

@@ -9,8 +9,8 @@ on each rank into micro-batches, one per accumulation step. Each rank adds up th
 one all-reduce sums the few million adapter gradients over the ranks, and every rank takes the same optimizer
 step. Every split gives the same update, apart from rounding.
 
-The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl and its picture curve.png. --resume goes
-on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
+The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl, and curve.png, a chart of the log.
+--resume goes on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
 """
 import math
 import sys

@@ -1,9 +1,9 @@
-"""Draw LaVIN's architecture from its modules: names, shapes, counts and what trains are read, none typed in.
+"""Draw LaVIN's architecture. Names, shapes, counts and colors come from the modules themselves.
 
     python -m evaluation.architecture            # writes tiny/architecture.png
     python -m evaluation.architecture --llama 13B --out 13B.png
 
-The model is built on torch's `meta` device, where tensors have a shape but no values, so 7B take no memory.
+The model is built on torch's `meta` device. There a tensor has a shape but no values, so 7B needs no memory.
 The PNG also holds its texts, as metadata: a test compares them with those that the present modules give.
 Positions and sizes are in units of SCALE pixels, so that the picture is sharp; y grows downwards.
 """

@@ -58,7 +58,7 @@ def message(e: BaseException) -> str:
 
 
 def dead_ranks() -> list[int]:
-    """The ranks whose processes ran on this host and have ended."""
+    """The ranks of this host whose process has ended."""
     here, dead = socket.gethostname(), []
     for rank, (host, pid) in enumerate(PEERS):
         try:

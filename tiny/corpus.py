@@ -116,7 +116,7 @@ def stack(rng: random.Random, scene: scenes.Scene, sizes: bool = True, colors: b
 def piled(rng: random.Random, things: list[list[str]]) -> Stack:
     """Give each thing one of the N_SLOTS positions, in order; all its words share this position.
 
-    The positions that are left are empty, or hold the words of all things with small weights.
+    The other positions are empty, or hold the words of all things, each with a small weight.
     """
     slots = [{word: rng.uniform(0, 0.4) for said in things for word in said} if rng.random() < 0.5 else {}
              for _ in range(N_SLOTS)]

@@ -32,7 +32,7 @@ from tiny import corpus, scenes, world  # noqa: E402
 
 
 def train_tokenizer(path: Path) -> None:
-    """Write a sentencepiece model like LLaMA's in which every word of the corpus is one piece.
+    """Write a sentencepiece model like LLaMA's. Every word of the corpus is one piece.
 
     The pieces are given, none is merged from a text: words after a space, words that may follow "Response:"
     directly, marks of the prompt, option letters, and single characters. Any other text falls into the
