@@ -160,7 +160,7 @@ def test_predictions_must_fit_the_problems(score, tmp_path):
         assert told.endswith(f"p.json: the prediction for 2 is {wrong}; expected an option index or a text")
     assert len(message({**good, "2": ["x" * 10 ** 5]})) < 300
     assert "holds int, expected a list | dict; predictions" in message(3)
-    assert "record 0: 'caption'" in message([3])
+    assert "record 0: not a JSON object" in message([3])
     assert "split val is empty" in message({}, "--split", "val")
     assert "no split 'dev'; it has test, val" in message({}, "--split", "dev")
     none = one_line(score, "scienceqa", "--data", folder, "--predictions", "none.json")
@@ -287,7 +287,7 @@ def test_missing_java_is_one_line(score, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("annotations, message", [
-    ("none", "'annotations' is missing or not list"), ([3], "annotation 0: 'caption' is missing or not str"),
+    ("none", "'annotations' is missing or not list"), ([3], "annotation 0: not a JSON object"),
     ([{"caption": "x"}], "annotation 0: 'image_id' is missing or not str | int"),
     ([{"caption": "x", "image_id": 1.5}], "annotation 0: 'image_id' is missing or not str | int")])
 def test_malformed_references_are_named(score, tmp_path, annotations, message):
@@ -298,7 +298,7 @@ def test_malformed_references_are_named(score, tmp_path, annotations, message):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("3", "'id' is missing"), ('"run"', "'id' is missing"), ('{"prediction": "x"}', "'id' is missing"),
+    ("3", "not a JSON object"), ('"run"', "not a JSON object"), ('{"prediction": "x"}', "'id' is missing"),
     ('{"id": 1, "prediction": "x"}', "'id' is missing or not str"),
     ('{"id": "1"}', "'prediction' is missing"),
     ('{"id": "1", "prediction": true}', "'prediction' is missing or not str | int | dict"),
