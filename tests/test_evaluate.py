@@ -94,12 +94,18 @@ def test_batches_mix_text_and_pictures_at_random(world):
 # ---------------------------------------------------------------------------------------------------
 # the commands
 
-def test_scienceqa(run, world, tmp_path):
+def test_scienceqa(run, world, tmp_path, monkeypatch):
     flags = "--data", world / "s", "--json"
     found = json.loads(run("scienceqa", *flags, "--out", tmp_path / "p.jsonl")[0])
     assert found["columns"]["Avg"][1] == 13 and list(found["accuracy"])[:9] == list(scores.COLUMNS)
     assert json.loads(run("scienceqa", *flags, "--predictions", tmp_path / "p.jsonl")[0]) == found
     assert "paper" not in run("scienceqa", "--data", world / "s", "--limit", 3)[0]
+    published.scienceqa(tmp_path / "v", {"train": 4, "val": 3, "test": 3})
+    monkeypatch.setattr(scores, "TABLE_1_PROBLEMS", 3)  # val, too, has as many problems as test
+    shown, flags = {}, ("--data", tmp_path / "v", "--split")
+    for split in "val", "test":
+        shown[split] = run("scienceqa", *flags, split)[0]
+    assert "LaVIN-7B (paper)" in shown["test"] and "paper" not in shown["val"]
 
 
 def test_the_default_command_is_scienceqa(world, monkeypatch):

@@ -53,6 +53,18 @@ def pairs_in(text: str) -> set[tuple[str, str]]:
     return {(c, s) for c, s in pairs if c in scenes.COLORS and s in scenes.SHAPES}
 
 
+def test_verbs_agree_with_one_thing_or_many(splits):
+    """The wordings serve both: "The circle has which color?", "The circles have which color?"."""
+    asked = " ".join(s.problem["question"] for samples in splits.values() for s in samples)
+    one, many = "|".join([*scenes.SHAPES, "thing"]), "|".join([*scenes.PLURAL.values(), "things"])
+    for nouns, right, wrong in (one, "is does has", "are do have"), (many, "are do have", "is does has"):
+        for be, do, have, expected in (*right.split(), True), (*wrong.split(), False):
+            for pattern in (rf"(color|shape) {be} the (\w+ )*({nouns})\?",
+                            rf"(color|shape) {do} the (\w+ )*({nouns}) have",
+                            rf"The (\w+ )*({nouns}) {have} which"):
+                assert bool(re.search(pattern, asked)) == expected, pattern
+
+
 def test_no_problem_repeats(splits):
     problems = [(s.prompt, s.image and s.image.read_bytes()) for samples in splits.values() for s in samples]
     assert len(problems) == sum(SIZES.values()) and len(set(problems)) == len(problems)
