@@ -21,7 +21,7 @@ one for text, one for images. This has three consequences. First, t_m runs outsi
 (`LLaMA.route`). All positions then move by one, which changes nothing, because rotary attention depends only
 on differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has no
 activation. Third, a trained adapter can be merged into the projection that follows it (`fold`). The ViT has
-no t_m: its router reads the image's own [cls] token. There w differs from image to image, after block 0.
+no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
 not stay equal: the gradients of phi_u1 and phi_u2 are weighted by w_0 and w_1, which differ between text and
@@ -74,7 +74,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives, drawn in data.py with the batch; None: no dropout"""
+    """h [B, T, r]; mask: True where a unit survives. It is part of the batch, so recomputation reuses it."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -112,7 +112,7 @@ class MMAdapter(nn.Module):
         return torch.softmax(self.f_w(t).float() / self.cfg.tau, dim=-1)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d], w [B, 1, 2] -> z'. If a row holds several samples, w is [1, T, 2], one per token."""
+        """z [B, T, d], w [B, 1, 2] -> z'. In training, samples share one row: w [1, T, 2], one each."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
@@ -153,7 +153,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Freeze everything but adapters, neck and E_m; return the parameters that train, by name."""
+    """Freeze all but adapters, neck (adapter_proj) and E_m; return the parameters that train, by name."""
     for name, p in model.named_parameters():
         p.requires_grad_("adapter_" in name)  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a); phi frozen
     return trainable(model)

@@ -77,7 +77,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep", as Table 2's counts imply
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters also for "rep": Table 2's 2.9M would else be 2.7M
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -210,7 +210,7 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}): step s draws R_s with p = softmax(logits)
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}): pick chooses R_s, p = softmax(logits)
             R_s = pick(logits, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]

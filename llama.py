@@ -108,7 +108,7 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, G, D] at positions [B or 1, T]; return all keys and values, [B, filled, G, D]."""
         keys, values = self.k[layer], self.v[layer]  # [B, G, S, D]
-        # torch puts the indexed axes, rows and positions, first: keys[..] is [B, T, G, D], as k is
+        # rows and positions index [B, T]; as a slice parts them, torch puts these axes first: [B, T, G, D]
         keys[self.rows, :, positions] = k
         values[self.rows, :, positions] = v
         return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))

@@ -213,7 +213,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             tokens = sum(steps.lengths[i] for i in steps.chosen(step))
             log.step(torch.stack([loss_sum, squared_norm]), tokens)
         to_save = done % cfg.save_every == 0 or done == stop
-        if is_main and (to_save or done % cfg.log_every == 0):  # print a line about the steps since the last
+        if is_main and (to_save or done % cfg.log_every == 0):  # print a line; get the losses since the last
             losses = log.line(done, optimizer.param_groups[0]["lr"], device)
             check_losses(losses, done, steps)
         if is_main and to_save:

@@ -64,7 +64,7 @@ equation(1, "the modality token", LaVIN.modality_tokens)
 check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], naive_asked.Z[0]]))
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
-equation(2, "the MM-Adapter, with f_a1(Z) = phi_u1(phi_d(Z)): down to width 8, up again", MMAdapter.forward)
+equation(2, "the MM-Adapter. f_a1(Z) = phi_u1(phi_d(Z)); Z: the words, without X'", MMAdapter.forward)
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C], here of the words without X'
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -87,7 +87,7 @@ w_vit, tau = [], model.cfg.adapter.tau  # w_vit: of each block, [image, 1, (w_0,
 for block in model.vit.transformer.resblocks:  # f_w returns [cls] W_m + b_m; the hook keeps the softmax
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, out: w_vit.append((out / tau).softmax(-1)))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT: after block 0, each image has its own. The demo, and with red and blue exchanged:",
+print("w_0 in the ViT. In block 0, [cls] has seen no patch yet. The demo, and red and blue exchanged:",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
@@ -100,7 +100,7 @@ has_gradient = {n for n, x in model.named_parameters() if x.grad is not None}
 assert has_gradient == trainable(model).keys(), "a frozen parameter trains"
 name = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # its gradient passes through both models
 L = lambda x: -naive.run(weights | {name: weights[name] + x}, model, wrong, picture).log_p.sum()
-check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, differences")
+check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, finite diff.")
 with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
@@ -139,7 +139,7 @@ print(f"p(R | Z) = {np.prod(p_R):.4f}. With red and blue exchanged in the image:
 with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attention) as attention:
     model.hidden(right_batch)
 q, k = (x[0] for x in attention.call_args.args[:2])  # of the last layer, rotated: [T, H, D]
-names = ["[BOS]"] + [repr(tokenizer.decode([id])) for id in right.head[1:] + list(right.rest)]
+names = ["[BOS]"] + [repr(tokenizer.decode([id]) or " ") for id in right.head[1:] + list(right.rest)]
 names = names[:len(right.head)] + [f"X'_{i + 1}" for i in range(n_cls)] + names[len(right.head):]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
