@@ -128,7 +128,7 @@ def state(model: LaVIN, step: int, loss: float) -> dict:
 
 def ask(model: LaVIN, tokenizer, cfg: train.Config, split: str, limit: int) -> dict[str, float]:
     """Accuracy in per cent on the first problems of a split. Folds the model."""
-    samples = prompts.read_scienceqa(cfg.data, split, cfg.format, vision=cfg.vision)[:limit]
+    samples = prompts.Source("scienceqa", cfg.data, None).read(split, cfg.format, vision=cfg.vision)[:limit]
     texts = answering.answer(model, tokenizer, samples, cfg.max_new_tokens, progress=False,
                              until=scores.ANSWER)
     columns = scores.scienceqa(samples, texts)["columns"]
