@@ -171,8 +171,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
                        cfg.normalize, data.MaskSampler.of(model))
     total, warmup = max(1, round(cfg.epochs * steps.per_epoch)), round(cfg.warmup * steps.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
-    params = trainable(model)
-    n_params = sum(p.numel() for p in params.values())
+    theta_a = trainable(model)
+    n_params = sum(p.numel() for p in theta_a.values())
     accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
     say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {steps.per_epoch} per "
         f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = "
@@ -181,9 +181,9 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     # one buffer holds all gradients and the loss, so one all-reduce serves a step; backward adds to the views
     buffer = torch.zeros(n_params + 1, device=device)
     gradients, loss_sum = buffer[:-1], buffer[-1]
-    for p, g in zip(params.values(), gradients.split([p.numel() for p in params.values()])):
+    for p, g in zip(theta_a.values(), gradients.split([p.numel() for p in theta_a.values()])):
         p.grad = g.view_as(p)
-    optimizer = optimizer_for(params, cfg)
+    optimizer = optimizer_for(theta_a, cfg)
     # the same run: the same flags, tokens and base
     must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {
         "data": data.fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
@@ -219,7 +219,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         if is_main and to_save:
             write_checkpoint(out / "checkpoint.pt", {
                 "step": done, "run": must_match, "optimizer": optimizer.state_dict(),
-                "adapters": {name: p.detach() for name, p in params.items()}})
+                "adapters": {name: p.detach() for name, p in theta_a.items()}})
     if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))

@@ -1,7 +1,10 @@
 """What the three texts for readers promise exists: commands, flags, files, links, equations."""
 import dataclasses
+import importlib
+import inspect
 import re
 import shlex
+from operator import attrgetter
 
 import pytest
 from conftest import ROOT
@@ -67,7 +70,7 @@ def test_files_it_names_exist(name):
     for file in re.findall(r"`([\w./]+\.(?:py|png|txt|md)|\w+/)`", text):
         assert (ROOT / file).exists(), file
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)|<img src=\"([^\"]+)\"", text):
-        assert (ROOT / name).parent.joinpath("".join(target)).is_file(), target
+        assert (ROOT / name).parent.joinpath("".join(target).split("#")[0]).is_file(), target
 
 
 def test_make_targets_exist():
@@ -86,16 +89,14 @@ def test_it_is_short():
 
 
 def test_equation_map():
-    """Each function that the map names stands in the file it names, and holds the tag of its equation."""
-    rows = re.findall(r"^\| Eq\. \((\d)\).*\| (`\w+\.py`: .*) \|$", TEXTS[README], re.M)
+    """Each link leads to a line that is tagged with its equation, inside the function that it names."""
+    rows = re.findall(r"^\| Eq\. \((\d)\).*\| (\[.*) \|$", TEXTS[README], re.M)
     assert [int(n) for n, _ in rows] == list(range(1, 9))
     for n, cell in rows:
-        for file, place in ((file, place) for file, places in re.findall(r"`(\w+\.py)`: ([^;]*)", cell)
-                            for place in re.findall(r"`([\w.]+)`", places)):
-            owner, _, name = place.rpartition(".")
-            text, indent = (ROOT / file).read_text(), ""
-            if owner:
-                text, indent = re.search(rf"^class {owner}\b.*?(?=^\S|\Z)", text, re.M | re.S)[0], "    "
-            function = rf"^{indent}def {name}\(.*?(?=^{indent}[^\s)]|^[^\s)]|\Z)"
-            found = re.search(function, text, re.M | re.S)[0]
-            assert f"# Eq. ({n})" in found, f"{place} has no comment # Eq. ({n})"
+        links = re.findall(r"\[(\w+)\.py:(\d+)\]\((\w+)\.py#L(\d+)\): `([\w.]+)`", cell)
+        assert links, cell
+        for module, line, target, target_line, function in links:
+            assert (module, line) == (target, target_line)
+            lines, first = inspect.getsourcelines(attrgetter(function)(importlib.import_module(module)))
+            tagged = [first + i for i, text in enumerate(lines) if f"# Eq. ({n})" in text]
+            assert int(line) in tagged, f"Eq. ({n}) in {function}: {module}.py:{tagged}, not {line}"
