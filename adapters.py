@@ -16,7 +16,7 @@ layer, a router reads the hidden state of t_m and mixes two adapters, w_0 of the
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
 attention mask lets t_m see only itself, and hides t_m from all other tokens. So the state of t_m, and with it
-w, depends on nothing of the input but its modality. A trained model has two pairs (w_0, w_1) in each layer:
+w, depends on the input only through its modality. A trained model has two pairs (w_0, w_1) in each layer:
 one for text, one for images. This has three consequences. First, t_m runs outside the sequence
 (`LLaMA.route`). All positions then move by one, which changes nothing, because rotary attention depends only
 on differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has no
@@ -24,8 +24,8 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: the gradients of phi_u1 and phi_u2 are weighted by w_0 and w_1, which differ between text and
-images. So text counts more in one of them, images in the other.
+not stay equal: w_0 scales the gradients of phi_u1, w_1 those of phi_u2, and the two weights differ between
+text and images. So one moves more towards what text needs, the other towards what images need.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -70,11 +70,11 @@ class GroupedLinear(nn.Module):
         return torch.block_diag(*self.weight.chunk(2))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return F.linear(h, self.dense(), self.bias)  # one product: the zeros cost nothing at r = 8
+        return F.linear(h, self.dense(), self.bias)  # at r = 8, faster than one product per group
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives. It is part of the batch, so recomputation reuses it."""
+    """h [B, T, r]; mask, drawn with the batch: True where a unit survives. `recompute` uses it again."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -108,11 +108,11 @@ class MMAdapter(nn.Module):
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
         """t [.., d], the token that the router reads (t_m in LLaMA, [cls] in the ViT) -> w [.., 2] in fp32"""
-        # Eq. (3): w = softmax((t_m W_m + b_m) / tau). The module f_w holds W_m, b_m. In the ViT, t is [cls]
-        return torch.softmax(self.f_w(t).float() / self.cfg.tau, dim=-1)
+        logits = self.f_w(t).float()  # t_m W_m + b_m; in the ViT, t is [cls]
+        return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d], w [B, 1, 2] -> z'. In training, samples share one row: w [1, T, 2], one each."""
+        """z [B, T, d], w [B, 1, 2] -> z'. In training, all samples form one row: w [1, T, 2], by token"""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each

@@ -116,14 +116,15 @@ def run(main) -> None:
 
 
 def pick_device(device: str, dtype: str) -> tuple:
-    """--device and --dtype as torch objects. auto: this process's GPU in bf16, or the CPU in fp32."""
+    """--device and --dtype as torch objects. auto: a CUDA GPU in bf16; else an Apple GPU or a CPU in fp32."""
     import torch  # not at the top: scoring a file of predictions needs no torch
     signal.signal(signal.SIGINT, signal.default_int_handler)  # imports are done: Ctrl-C is an exception
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype != "auto" and dtype not in dtypes:
         raise ValueError(f"unknown --dtype {dtype!r}; known: auto, {', '.join(dtypes)}")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        apple = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()  # fails without such a device, and on "meta"

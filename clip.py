@@ -89,9 +89,10 @@ class Block(nn.Module):
     def adapted(self, x, dropout_mask):
         """The input of the attention: normalise, then Eq. (2). There is no t_m here: the router reads [cls].
 
-        Released code: takes z[0], the first image's tokens, where z[:, 0], every image's [cls], was meant. So
-        token i of every image is routed by token i of the first; with one image, each token by itself.
-        Here: every image by its own [cls]. routed_by "token": each token by itself, for released adapters.
+        Released code: reads z[0], all tokens of the first image; probably z[:, 0], every image's [cls], was
+        meant. So token i of every image is routed by token i of the first. Here: each image by its own [cls].
+        Released adapters were trained that way. For them, routed_by "token" routes each token by itself, as
+        the released code does when a batch holds one image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:
@@ -146,7 +147,8 @@ class VisionTransformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # images
 
-# Released code: ImageNet's mean and std, although CLIP was trained with its own. Here: see --normalize.
+# Released code: ImageNet's mean and std, although CLIP was trained with its own. Here: ImageNet's with
+# --recipe paper, otherwise CLIP's.
 MEAN_STD = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),

@@ -51,7 +51,7 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
-    if sample.response:  # one string, as in the released code; a token across the border is no target
+    if sample.response:  # one string, as in the released code; a token that spans the border counts as prompt
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -87,9 +87,12 @@ def fingerprint(examples: list[Example]) -> str:
 
 
 class Batch(NamedTuple):
-    """B samples, packed into one row: all sequences, with X', end to end. predict_at indexes this row."""
+    """B samples. For training, all sequences lie end to end in one row, X' included; predict_at indexes it.
+
+    For answering, LaVIN.prefill pads the same sequences into B rows.
+    """
     tokens: torch.Tensor  # ids of heads and rests, sample after sample, without visual tokens
-    pieces: list[int]  # their lengths: head, rest, head, rest, ..
+    part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], where in the row the next token is a target
@@ -108,7 +111,7 @@ def collate(examples: list[Example], image_size: int, normalize: str,
             image_embeds: torch.Tensor | None = None) -> Batch:
     """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
     tokens = np.concatenate([ids for e in examples for ids in (e.head, e.rest)])
-    pieces = [len(ids) for e in examples for ids in (e.head, e.rest)]
+    part_lengths = [len(ids) for e in examples for ids in (e.head, e.rest)]
     predict_at, targets, begin = [], [], 0
     for e in examples:
         predict_at.append(np.arange(begin + e.start - 1, begin + e.length - 1))
@@ -117,7 +120,7 @@ def collate(examples: list[Example], image_size: int, normalize: str,
     predict_at, targets = np.concatenate(predict_at), np.concatenate(targets)
     tokens, predict_at, targets = (torch.tensor(x, dtype=torch.long) for x in (tokens, predict_at, targets))
     lengths, modality = [e.length for e in examples], [int(e.n_visual > 0) for e in examples]
-    batch = Batch(tokens, pieces, lengths, modality, predict_at, targets, image_embeds=image_embeds)
+    batch = Batch(tokens, part_lengths, lengths, modality, predict_at, targets, image_embeds=image_embeds)
     files = [e.sample.image for e in examples if e.n_visual]
     if not files or image_embeds is not None:
         return batch

@@ -37,7 +37,7 @@ class ModelFlags:
     any_base: bool = False  # accept base weights other than those that the adapters were trained on
     limit: int = 0  # [0, inf) use only the first N questions (coco, mme: pictures); 0: all
     json: bool = False  # print the scores as one JSON line instead of a table
-    device: str = "auto"  # auto, cuda, cuda:1, cpu, ..
+    device: str = "auto"  # auto, cuda, cuda:1, mps, cpu, ..
     dtype: str = "auto"  # auto, bf16 or fp32
 
 

@@ -7,9 +7,9 @@ This file holds what joins the models: modality token (Eq. 1), neck (Eq. 6), inp
 5), generation (Eq. 8). Batches come from data.py. The name of every module that trains begins with
 `adapter_`.
 
-Precision: the frozen models (the base) are bf16 on a GPU. Matrix products then run in bf16 (`autocast`).
-Adapters are stored in fp32, because their updates are small. Norms, the routers' softmax and the loss are
-computed in fp32.
+Precision on a GPU: the frozen models (the base) are stored in bf16, and matrix products and attention run in
+bf16 (`autocast`). Norms, rotary embedding, the routers' softmax and the loss are computed in fp32. Adapters
+are stored in fp32, because bf16 would round small updates away.
 
 Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, L LLaMA layers, V vocabulary.
 """
@@ -77,7 +77,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters also for "rep": Table 2's 2.9M would else be 2.7M
+        if cfg.vision and cfg.vit_adapters:  # whatever cfg.adapter.kind: only so Table 2's count is 2.9M
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -106,26 +106,25 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens())
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of every sample that has an image, [.., n, C].
+        """X' of every sample that has an image, [.., n, C]. A chat keeps it in the batch.
 
         Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
         Released code: the ViT also encodes a black image for each text sample. Here: only images that exist.
         """
+        if batch.image_embeds is not None:
+            return batch.image_embeds
         if batch.vit_dropout_mask is None:
             return self.adapter_proj(self.vit(batch.images))[batch.image_index]
         return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.vit_dropout_mask))
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]."""
-        words = self.llama.tok_embeddings(batch.tokens).split(batch.pieces)  # head, rest, head, rest, ..
-        image_embeds = batch.image_embeds
-        if image_embeds is None:
-            image_embeds = self.encode_images(batch) if IMAGE in batch.modality else ()
-        Z, image_embeds = [], iter(image_embeds)
-        for modality, head, rest in zip(batch.modality, words[::2], words[1::2]):
-            X_prime = next(image_embeds).type_as(head) if modality == IMAGE else head[:0]  # [n or 0, C]
-            # Eq. (7): Z = [t_m, X', Y]. Y: head ([BOS] "Image: ") and rest; t_m runs apart, in LLaMA.route
-            Z.append(torch.cat([head, X_prime, rest]))
+        Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
+        Z, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
+        for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
+            X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # [n or 0, C]
+            # as released, X' stands inside Y, behind [BOS] "Image: ". t_m is not here: LLaMA.route takes it
+            Z.append(torch.cat([Y_head, X_prime, Y_rest]))  # Eq. (7): Z = [t_m, X', Y]; text alone: [t_m, Y]
         return Z
 
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -167,7 +166,7 @@ class LaVIN(nn.Module):
         """Put the projections that were folded for this modality into these layers; default: all."""
         if modality not in self.folded:
             raise ValueError("the model was folded for the other modality; call fold(TEXT, IMAGE)")
-        self.folded_for = modality  # speed/step.py reads it
+        self.folded_for = modality  # whose matrices LLaMA has now; read by speed/step.py
         for i in layers or range(len(self.llama.layers)):
             a, (W, b) = self.llama.layers[i].attention, self.folded[modality][i]
             rows = [linear.out_features for linear in (a.wq, a.wk, a.wv)]  # C, G D, G D
@@ -209,9 +208,8 @@ class LaVIN(nn.Module):
         max_new_tokens, random = min(max_new_tokens, context - longest), torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
-        for _ in range(max_new_tokens):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}): pick chooses R_s, p = softmax(logits)
-            R_s = pick(logits, temperature, top_p, random)  # [B]
+        for _ in range(max_new_tokens):  # step s draws R_s, [B], from p(R_s | Z, R_{0:s-1}) = softmax(logits)
+            R_s = pick(logits, temperature, top_p, random)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1})
             ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
             if all(done):
@@ -234,7 +232,8 @@ class LaVIN(nn.Module):
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """loss(hidden, W, targets), a sum over rows, but only LOSS_ROWS rows of logits exist at once.
 
-    Compute loss and gradient with respect to `hidden` now, chunk by chunk; backward() uses this gradient.
+    The gradient with respect to `hidden` is computed here as well, chunk by chunk. To recompute the logits in
+    the backward pass would be simpler, but it costs one more product with W.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
@@ -242,8 +241,8 @@ def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor
             part = loss(rows.requires_grad_(), W, its_targets)
         gradients += torch.autograd.grad(part, rows)
         total += part.detach()
-    # the sum is 0, but its gradient with respect to hidden is `gradients`: backward() goes on from there
-    return total + (torch.cat(gradients) * (hidden - hidden.detach())).sum()
+    zero = hidden - hidden.detach()  # its value is 0, its derivative with respect to hidden is 1
+    return total + (torch.cat(gradients) * zero).sum()  # so the value is total, the derivative `gradients`
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
@@ -254,6 +253,7 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.G
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
     u = torch.rand((), generator=random).item()  # one number for all rows
+    # the first token whose cumulative probability exceeds u times the total
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]
 

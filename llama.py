@@ -9,10 +9,10 @@ There are three ways through the blocks. `forward` trains on whole sequences, pa
 padding. `prefill` reads prompts into a cache. `decode` reads one more token per row. The three differ only in
 which keys a query may see: each hands its own function `attend(layer, q, k, v)` to the blocks.
 
-What one block keeps of a token for the backward pass: x, q, k, v, the attention's output, x after the
-attention, the hidden vectors w1(x) and w3(x) of the feed-forward, and the log of each head's softmax
-denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing, because their
-weights need no gradient. Norms, adapters and w2's input are recomputed. The ViT's blocks do the same.
+What one block keeps of a token for the backward pass: the block's input, q, k, v, the attention's output,
+the sum after the attention, the outputs of w1 and w3, and the log of each head's softmax denominator, from
+which fused attention recomputes its softmax. Frozen projections keep nothing, because their weights need no
+gradient. Norms, adapters and w2's input are recomputed. The ViT's blocks do the same.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.
@@ -41,7 +41,7 @@ class LLaMAConfig:
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
     n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
-    rope_scaling: dict | None = None  # slower rotary frequencies from LLaMA-3.1 on, see official/rope.py
+    rope_scaling: dict | None = None  # only from LLaMA-3.1 on: slower rotation, see official/rope.py
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -66,23 +66,24 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
-    """Rotary embedding: positions [.., T] -> e^(i angle) [.., T, 1, D/2], complex64."""
+    """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
     angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # LLaMA-1, -2: freq as it is
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, D]: rotate each pair (2i, 2i+1), read as a complex number, by the angle of its position."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, T, H, D/2]
-    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+    """x [B, T, H, D]: rotate each pair (2i, 2i+1) by the angle of its position."""
+    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope  # [B, T, H, D/2], [.., T, 1, D/2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def dot_product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torch.Tensor:
+def dot_product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **which_keys) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v; q [B, T, H, D], k and v [B, S, G, D] -> [B, T, H, D]"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or G, .., D]
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] < q.shape[1], **mask).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] < q.shape[1], **which_keys)
+    return y.transpose(1, 2)
 
 
 class KVCache:
@@ -108,7 +109,7 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, G, D] at positions [B or 1, T]; return all keys and values, [B, filled, G, D]."""
         keys, values = self.k[layer], self.v[layer]  # [B, G, S, D]
-        # rows and positions index [B, T]; as a slice parts them, torch puts these axes first: [B, T, G, D]
+        # a slice stands between the two index tensors, so torch puts their axes [B, T] first: [B, T, G, D]
         keys[self.rows, :, positions] = k
         values[self.rows, :, positions] = v
         return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
@@ -117,7 +118,7 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
-        self.layer, self.D, self.served = layer, cfg.dim // cfg.n_heads, cfg.n_heads // cfg.n_kv_heads
+        self.layer, self.D, self.group = layer, cfg.dim // cfg.n_heads, cfg.n_heads // cfg.n_kv_heads
         C, C_kv = cfg.dim, cfg.n_kv_heads * self.D
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, out, bias=False) for out in (C, C_kv, C_kv, C))
 
@@ -130,7 +131,7 @@ class Attention(nn.Module):
     def alone(self, z):
         """A token z [.., C] that sees only itself. Softmax over one score is 1: it reads its own value."""
         v = self.wv(z).unflatten(-1, (-1, self.D))  # [.., G, D]
-        return self.wo(v.repeat_interleave(self.served, dim=-2).flatten(-2))  # every head reads its group's v
+        return self.wo(v.repeat_interleave(self.group, dim=-2).flatten(-2))  # the heads of a group read one v
 
 
 class FeedForward(nn.Module):
@@ -142,7 +143,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x):
-        return self.w2(recompute(lambda gate, up: F.silu(gate) * up, self.w1(x), self.w3(x)))
+        gated = recompute(lambda w1_x, w3_x: F.silu(w1_x) * w3_x, self.w1(x), self.w3(x))
+        return self.w2(gated)
 
 
 class Block(nn.Module):
@@ -176,7 +178,7 @@ class LLaMA(nn.Module):
         """Training: x [1, T, C] holds sequences of these lengths, end to end. Without lengths: one per row.
 
         x             embeddings [B, T, C], or token ids [B, T]
-        w             routing weights of every layer, [L, 1, T, 2], or for whole rows [L, B or 1, 1, 2]
+        w             routing weights of every layer: a pair per token [L, 1, T, 2], or per row [L, B, 1, 2]
         dropout_mask  of the hidden units of every layer's adapter, [L, B, T, r]; None: no dropout
         Returns the hidden states after the last norm, [B, T, C]; `output` turns them into logits.
         """
@@ -217,8 +219,8 @@ class LLaMA(nn.Module):
         rope = rope_table(positions, self.cfg)
         for i, block in enumerate(self.layers):
             w_i = None if w is None else w[i]
-            mask_i = None if dropout_mask is None else dropout_mask[i]
-            inputs = x, rope, attend, w_i, mask_i
+            dropout_mask_i = None if dropout_mask is None else dropout_mask[i]
+            inputs = x, rope, attend, w_i, dropout_mask_i
             x = recompute(block, *inputs) if self.recompute_blocks else block(*inputs)
         return self.norm(x)
 

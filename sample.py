@@ -43,7 +43,7 @@ class Config:
     top_p: float = 0.75  # (0, 1] nucleus
     seed: int = 0  # [0, inf) of the sampling
     compile: bool = False  # compile the decoding step: 10 s to a minute, then faster tokens; needs g++
-    device: str = "auto"  # cuda, cpu, ...
+    device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # bf16 or fp32
 
 

@@ -1,6 +1,6 @@
 """Train LaVIN's adapters: mixture-of-modality training, section 3.1 of the paper.
 
-    python train.py                                      the embedded small world, on a CPU
+    python train.py                                      the built-in small world, on a CPU
     python train.py --recipe paper --llama LLaMA-7B --clip ViT-L-14 --data ScienceQA       one GPU
     torchrun --nproc_per_node 8 train.py --recipe paper ..                                 eight GPUs
 
@@ -27,7 +27,7 @@ import weights
 from adapters import AdapterConfig, trainable
 from clip import MEAN_STD, VisionTransformer
 from evaluation import chart
-from evaluation.log import Log
+from evaluation.log import Log, check_losses
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
 from official.adapter_files import fill, read_checkpoint, restore, write_checkpoint
@@ -38,7 +38,7 @@ SMALL_WORLD = "tiny/data"
 
 @dataclass
 class Config:
-    """Train LaVIN's adapters. Without arguments: the embedded small world, a few minutes on a laptop."""
+    """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
     # cli.py makes a flag of each field. The comment is its help; [a, b) at the start is the allowed range.
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
@@ -73,7 +73,7 @@ class Config:
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
     checkpoint: bool = False  # activation checkpointing: less memory, 1.4 x the work
-    device: str = "auto"  # cuda, cpu, ...
+    device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
     log_every: int = 10  # [1, inf) steps between log lines
@@ -150,16 +150,6 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, li
     return model, tokenizer, examples, tests
 
 
-def check_losses(losses: torch.Tensor, last: int, steps: data.Steps) -> None:
-    """Stop if one of these losses, of the steps up to `last`, is NaN or infinite; name its samples."""
-    bad = (~losses.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        step = last - len(losses) + bad[0]
-        ids = " ".join(steps.examples[i].sample.id for i in steps.chosen(step))
-        raise ValueError(f"the loss of step {step} is not finite; its samples: {ids}. Nothing was saved "
-                         "since the last checkpoint. Look at them, or start again with a lower --lr")
-
-
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
     is_main = rank == 0
@@ -167,18 +157,18 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     out = claim(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
     image_size = model.vit.cfg.image_size if model.vit else 0
-    steps = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed, image_size,
+    dataset = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed, image_size,
                        cfg.normalize, data.MaskSampler.of(model))
-    total, warmup = max(1, round(cfg.epochs * steps.per_epoch)), round(cfg.warmup * steps.per_epoch)
+    total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     theta_a = trainable(model)
     n_params = sum(p.numel() for p in theta_a.values())
     accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
-    say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {steps.per_epoch} per "
+    say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {dataset.per_epoch} per "
         f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = "
         f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}")
 
-    # one buffer holds all gradients and the loss, so one all-reduce serves a step; backward adds to the views
+    # all gradients and the loss lie in one buffer, so one all-reduce sums them; p.grad are views of it
     buffer = torch.zeros(n_params + 1, device=device)
     gradients, loss_sum = buffer[:-1], buffer[-1]
     for p, g in zip(theta_a.values(), gradients.split([p.numel() for p in theta_a.values()])):
@@ -189,14 +179,14 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         "data": data.fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", model, optimizer, must_match) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
-    batches = data.prefetch(steps, range(first, stop), workers, pin_memory=device.type == "cuda")
+    batches = data.prefetch(dataset, range(first, stop), workers, pin_memory=device.type == "cuda")
     log = Log(out / "log.jsonl", stop, first) if is_main else None  # keeps losses, prints a line now and then
 
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
         buffer.zero_()
         for batch in micro_batches:
             with model.autocast():
-                loss = model(batch.to(device)) / n_targets  # this micro-batch's part of the global mean
+                loss = model(batch.to(device)) / n_targets  # L: this micro-batch's part of the global mean
             loss.backward()
             loss_sum += loss.detach()
         if ranks > 1:
@@ -210,12 +200,12 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
         done = step + 1
         if is_main:
-            tokens = sum(steps.lengths[i] for i in steps.chosen(step))
+            tokens = sum(dataset.lengths[i] for i in dataset.chosen(step))
             log.step(torch.stack([loss_sum, squared_norm]), tokens)
         to_save = done % cfg.save_every == 0 or done == stop
-        if is_main and (to_save or done % cfg.log_every == 0):  # print a line; get the losses since the last
-            losses = log.line(done, optimizer.param_groups[0]["lr"], device)
-            check_losses(losses, done, steps)
+        if is_main and (to_save or done % cfg.log_every == 0):
+            losses = log.flush(done, optimizer.param_groups[0]["lr"], device)
+            check_losses(losses, done, dataset)
         if is_main and to_save:
             write_checkpoint(out / "checkpoint.pt", {
                 "step": done, "run": must_match, "optimizer": optimizer.state_dict(),

@@ -64,9 +64,9 @@ equation(1, "the modality token", LaVIN.modality_tokens)
 check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], naive_asked.Z[0]]))
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
-equation(2, "the MM-Adapter. f_a1(Z) = phi_u1(phi_d(Z)); Z: the words, without X'", MMAdapter.forward)
+equation(2, "the MM-Adapter. phi_d: to 8 hidden units, phi_u1: back. Z: normalised words", MMAdapter.forward)
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
-Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C], here of the words without X'
+Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
 check("Z'", "T C", layer.adapter_attn(Z, w[0, IMAGE]), naive.mm_adapter(Z.numpy(), naive_asked.w[0], p, s=1))
 bare, vit = llama.LLaMA.from_pretrained("tiny/llama"), clip.VisionTransformer.from_pretrained("tiny/clip")
@@ -87,13 +87,13 @@ w_vit, tau = [], model.cfg.adapter.tau  # w_vit: of each block, [image, 1, (w_0,
 for block in model.vit.transformer.resblocks:  # f_w returns [cls] W_m + b_m; the hook keeps the softmax
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, out: w_vit.append((out / tau).softmax(-1)))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT. In block 0, [cls] has seen no patch yet. The demo, and red and blue exchanged:",
+print("w_0 in the ViT: the demo, the demo with red and blue exchanged. At block 0, [cls] has seen no patch.",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. This phi is the frozen LLM, not part of an adapter", freeze_base, train.train)
-print("Do gradients reach the other end, through both frozen models? L is the loss of the wrong response\n"
-      "'The answer is B.'; x is added to every entry of phi_d.bias in block 0 of the ViT.")
+print("Does the gradient pass through both frozen models? x is added to phi_d.bias of the ViT's\n"
+      "first adapter. L is the loss of the wrong response 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
 has_gradient = {n for n, x in model.named_parameters() if x.grad is not None}
@@ -120,7 +120,7 @@ check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.he
 
 # %% Eq. (7): Z = [t_m, X', Y]
 equation(7, "the input of LLaMA", LaVIN.embed)
-check("Z after t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
+check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 for e, head in ((asked, tokenizer.decode(asked.head)), (text, tokenizer.decode(text.head))):
     print(f"{1 + e.length} tokens: t_m, [BOS] {head!r}, X' x {e.n_visual}, then {len(e.rest)} of the prompt")
 
@@ -146,4 +146,5 @@ share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).
 print('\nThe token before "red" looks at (last layer, mean of the heads, if above 0.01):',
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges the adapters into wq, wk and wv. The logits of the first token stay the same:")
-check("not folded", "B V", model.prefill(batch, 1)[0], model.fold(IMAGE).prefill(batch, 1)[0], "folded")
+unfolded = model.prefill(batch, 1)[0]
+check("not folded", "B V", unfolded, model.fold(IMAGE).prefill(batch, 1)[0], "folded")

@@ -241,14 +241,14 @@ def draw_input(fig: Figure) -> None:
     fig.arrow((340, 722), (340, y))
     fig.arrow((570, 700), (905, 700), (905, 638), (962, 638))
     fig.arrow((1050, y), (1050, 714), head=False)
-    fig.text(360, y - 17, "Z = [t_m, X', Y] with an image, [t_m, Y] without", "lm")
+    fig.text(360, y - 17, "Z = [t_m, X', Y] or [t_m, Y]; t_m passes through LLaMA on its own", "lm")
     fig.text(870, y - 17, "Eq. (7)", "rm")
     half, x = (662 - 40 * n) / 2, 310  # prompt and response share what the others leave
-    widths = [("t_m", 60), ("BOS Image:", 130), *[("X'", 34)] * n, ("prompt", half), ("response", half)]
+    widths = [("t_m", 44), ("BOS Image:", 130), *[("X'", 34)] * n, ("prompt", half), ("response", half)]
     for name, width in widths:
         source = {"t_m": "adapter_modality_embedding", "X'": "adapter_proj"}.get(name, embeddings)
         fig.box(x, y, width, 32, name, colors=(fig.colors(source)[0], LINE), radius=4)
-        x += width + 6
+        x += width + (22 if name == "t_m" else 6)  # t_m stands apart
     fig.text(230, 864, f"X [{n}, {fig.model.vit.cfg.width}]")
     fig.arrow((150, 744), (150, 879), (310, 879))
     fig.part(310, 850, 190, 58, "adapter_proj.W_d")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data import Steps
 from official.saving import append, named, write_atomically
 
 
@@ -40,7 +41,7 @@ class Log:
         self.values.append(values)
         self.tokens += tokens
 
-    def line(self, step: int, lr: float, device: torch.device) -> torch.Tensor:
+    def flush(self, step: int, lr: float, device: torch.device) -> torch.Tensor:
         """Print the interval that ends with `step`; return its losses."""
         losses, norms = torch.stack(self.values).cpu().unbind(1)
         now = time.time()
@@ -55,3 +56,13 @@ class Log:
         append(self.file, json.dumps(row) + "\n")
         self.since, self.values, self.tokens = now, [], 0
         return losses
+
+
+def check_losses(losses: torch.Tensor, last: int, dataset: Steps) -> None:
+    """Stop if one of these losses, of the steps up to `last`, is NaN or infinite; name its samples."""
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        step = last - len(losses) + bad[0]
+        ids = " ".join(dataset.examples[i].sample.id for i in dataset.chosen(step))
+        raise ValueError(f"the loss of step {step} is not finite; its samples: {ids}. Nothing was saved "
+                         "since the last checkpoint. Look at them, or start again with a lower --lr")

@@ -59,7 +59,7 @@ class Config:
     vs: str = ""  # hf: Hugging Face in turn; train: with PEFT's LoRA, text only; decode: same folded weights
     compile: bool = False  # decode: time the compiled step, too; needs g++
     seed: int = 0  # [0, inf) of weights, lengths and tokens
-    device: str = "auto"  # cuda, cpu, ...
+    device: str = "auto"  # cuda, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32
 
 

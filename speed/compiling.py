@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from lavin import LaVIN
 from llama import KVCache
-from speed.step import FastStep, Layer, Weights, one_token, rope_real
+from speed.step import FastStep, Layer, Weights, one_token, rope_pairs
 
 OPTIONS = {
     "aot_inductor.package_constants_in_so": False,  # the weights stay where they are
@@ -95,7 +95,7 @@ class Graph(FastStep):
             c, self.slots, device = self.cfg, slots, self.model.device
             kept = KVCache(c, 1, slots, device, cache.k[0].dtype)
             self.keys, self.values = kept.k, kept.v
-            self.rope = rope_real(slots, c, device)
+            self.rope = rope_pairs(slots, c, device)
             self.all_slots = torch.arange(slots, device=device)
             for x in (*self.keys, *self.values, self.rope):
                 torch._dynamo.mark_static_address(x)  # the graph uses it in place

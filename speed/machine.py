@@ -9,8 +9,8 @@ from llama import LLaMA
 
 
 def seconds(f: Callable, device: torch.device) -> float:
-    """How long f() takes. CUDA runs in the background, so wait for it before and after."""
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+    """How long f() takes. A GPU runs in the background, so wait for it before and after."""
+    wait = torch.get_device_module(device).synchronize
     wait()
     started = time.perf_counter()
     f()

@@ -71,15 +71,10 @@ class Weights(NamedTuple):
         return cls(llama.tok_embeddings.weight, layers, llama.norm.weight, llama.output.weight)
 
 
-def rope_real(n: int, cfg: LLaMAConfig, device) -> torch.Tensor:
-    """[n, 2, D/2, 2]: (cos, cos) and (-sin, sin) of every position and pair, without complex numbers.
-
-    torch's compilers cannot handle complex numbers.
-    """
-    rope = rope_table(torch.arange(n, device=device), cfg)[:, 0]  # [n, D/2]
-    cos = torch.stack([rope.real, rope.real], -1)  # [n, D/2, 2]
-    sin = torch.stack([-rope.imag, rope.imag], -1)
-    return torch.stack([cos, sin], dim=1)
+def rope_pairs(n: int, cfg: LLaMAConfig, device) -> torch.Tensor:
+    """[n, 2, D/2, 2]: (cos, cos) and (-sin, sin) of every position and pair."""
+    cos, sin = rope_table(torch.arange(n, device=device), cfg)[:, :, 0]  # [n, D/2]
+    return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], dim=1)
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -107,7 +102,7 @@ def one_token(weights: Weights, H: int, eps: float, token, position, rope, keys,
               mask=None) -> torch.Tensor:
     """Logits [1, V] after `token` [1] at `position` [1].
 
-    rope          `rope_real` of the S slots that are read
+    rope          `rope_pairs` of the S slots that are read
     keys, values  one [1, G, slots, D] per layer; the new token is written at `position`
     mask          [1, S], which slots the token sees; None: all S
     """
@@ -133,7 +128,7 @@ class FastStep:
         c = model.llama.cfg
         self.model, self.cfg = model, c
         self.weights = {modality: Weights.of(model, modality) for modality in model.folded}
-        self.rope = rope_real(c.max_seq_len, c, model.device)
+        self.rope = rope_pairs(c.max_seq_len, c, model.device)
 
     def __call__(self, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
         if len(token) > 1:

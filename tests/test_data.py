@@ -39,7 +39,7 @@ def test_tokens_targets_and_slots(tmp_path):
     assert (with_picture.length, with_picture.start, text.length, text.start) == (10, 7, 7, 5)
     batch = data.collate([with_picture, text], 4, "clip")
     assert batch.tokens.tolist() == with_picture.head + with_picture.rest + text.head + text.rest
-    assert batch.pieces == [2, 5, 3, 4] and batch.lengths == [10, 7] and batch.modality == [1, 0]
+    assert batch.part_lengths == [2, 5, 3, 4] and batch.lengths == [10, 7] and batch.modality == [1, 0]
     assert batch.predict_at.tolist() == [6, 7, 8, 14, 15]
     assert batch.targets.tolist() == [three, four, 2, three, 2]
     assert batch.images.shape == (1, 3, 4, 4)

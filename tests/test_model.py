@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLIP, GROUPED, LLAMA, ROWS, all_logits, close, make_batch, make_lavin, masks, randomize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapters
 import clip
@@ -17,6 +18,21 @@ from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
 from official import adapter_files
 from speed import compiling, step
+
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtype of every tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.seen.add(x.dtype)
+        return result
 
 
 def count(size: str, encoder: str, **cfg) -> dict[str, int]:
@@ -57,6 +73,14 @@ def test_identity_at_init(kind):
     w = None if w is None else w[:, [0, 1, 0], None]
     assert torch.equal(model.llama.output(model.llama(ids, w)), bare)
     assert torch.equal(model.vit(images), bare_cls)
+
+
+def test_no_numbers_that_apple_gpus_lack(lavin):
+    """They have no float64. Training and answering need no complex numbers either."""
+    with Dtypes() as dtypes:
+        lavin(make_batch(ROWS)).backward()
+        lavin.generate(make_batch(ROWS[:1]), 3, eos=-1, temperature=0)
+    assert dtypes.seen <= {torch.float32, torch.int64, torch.bool}
 
 
 def test_unknown_names_list_the_known():

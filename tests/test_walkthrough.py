@@ -20,7 +20,7 @@ MISTAKES = {
     4: ("adapters.py", 'p.requires_grad_("adapter_" in name)', "p.requires_grad_(True)"),
     5: ("lavin.py", "return -log_p.sum()", "return -log_p.mean()"),
     6: ("lavin.py", "self.W_u(F.silu(self.W_d(X)))", "self.W_u(F.gelu(self.W_d(X)))"),
-    7: ("lavin.py", "torch.cat([head, X_prime, rest])", "torch.cat([X_prime, head, rest])"),
+    7: ("lavin.py", "torch.cat([Y_head, X_prime, Y_rest])", "torch.cat([X_prime, Y_head, Y_rest])"),
     8: ("lavin.py", "R_s = pick(logits,", "R_s = pick(-logits,"),
 }
 
