@@ -23,6 +23,8 @@ from official.tokenizer import Tokenizer
 from sample import DEMO
 from speed.step import FastStep
 
+NO_SHARE_BUTTON = ".download-link + button {display: none}"  # below a picture; it uploads to Hugging Face
+
 
 @dataclass
 class Config:
@@ -68,15 +70,16 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
         except (ValueError, OSError) as e:  # leave out the advice on flags and the folder of the upload
             raise gr.Error(re.sub(r";[^;]*--.*|/\S+/", "", str(e)), print_exception=False) from None
 
-    with gr.Blocks(title="LaVIN", fill_height=True) as page, gr.Row():
-        chart = gr.Image(label="routing weights", visible=bool(charts), render=False)
+    with gr.Blocks(title="LaVIN", fill_width=True) as page, gr.Row():
+        chart = gr.Image(charts.get(lavin.TEXT), show_label=False, buttons=[], render=False)
         with gr.Column(scale=3):
+            turns = gr.Chatbot(label="LaVIN", height="70vh", buttons=["copy"], render_markdown=False)
             box = gr.MultimodalTextbox(file_types=["image"], stop_btn=True, max_plain_text_length=10**6)
-            turns = gr.Chatbot(buttons=["copy"], render_markdown=False)
             examples = [{"text": DEMO[1], "files": [DEMO[0]]}] if model.vit else None
             gr.ChatInterface(chat, multimodal=True, chatbot=turns, textbox=box, examples=examples,
                              cache_examples=False, additional_outputs=chart, concurrency_limit=1)
-        with gr.Column(scale=1, min_width=290):
+        with gr.Column(scale=1, min_width=290, visible=bool(charts)):
+            gr.Markdown("Routing weights of LLaMA's layers. They depend only on whether there is an image.")
             chart.render()
     return page
 
@@ -99,7 +102,7 @@ def main() -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # of the uploads, which disappear with it
         page = build_page(model, meta, cfg, Path(folder))
         page.launch(server_name=cfg.host, server_port=cfg.port, share=False, quiet=True, show_error=True,
-                    prevent_thread_lock=True)
+                    prevent_thread_lock=True, css=NO_SHARE_BUTTON)
         base, dtype = f"{cfg.llama} + {cfg.clip} + {cfg.adapters}", str(dtype).removeprefix("torch.")
         print(f"{base} on {device} in {dtype}; open {page.local_url}, Ctrl-C ends it", file=sys.stderr)
         threading.Event().wait()  # the server runs in other threads
