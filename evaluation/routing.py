@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from evaluation import chart
-from lavin import LaVIN
+from lavin import IMAGE, TEXT, LaVIN
 
 BLUE, ORANGE = chart.COLORS[0], chart.COLORS[2]
 
@@ -20,14 +20,14 @@ def table(w: torch.Tensor) -> str:
     return "\n".join(lines)
 
 
-def picture(w: torch.Tensor, file: Path) -> None:
-    """Write the same as a PNG."""
+def picture(w: torch.Tensor, file: Path, modalities: tuple[int, ...] = (TEXT, IMAGE)) -> None:
+    """Write the same as a PNG, or the half of one modality."""
     row, left, width = 18, 60, 200
-    image = Image.new("RGB", (left + 2 * (width + 20), (len(w) + 2) * row), "white")
+    image = Image.new("RGB", (left + len(modalities) * (width + 20), (len(w) + 2) * row), "white")
     draw = ImageDraw.Draw(image)
-    for k, name in enumerate(("text input", "image input")):
-        x = left + k * (width + 20)
-        draw.text((x, 4), f"{name}: w_0 | w_1", fill="black")
+    for column, k in enumerate(modalities):
+        x = left + column * (width + 20)
+        draw.text((x, 4), f"{'image' if k == IMAGE else 'text'} input: w_0 | w_1", fill="black")
         for i, (w0, _) in enumerate(w[:, k].tolist()):
             y = (i + 1) * row
             draw.text((4, y + 2), f"layer {i}", fill="black")
@@ -45,3 +45,14 @@ def show_routing(model: LaVIN, file: Path) -> None:
     print(table(w))
     picture(w, file)
     print(f"wrote {file}", file=sys.stderr)
+
+
+def pictures(model: LaVIN, folder: Path) -> dict[int, Path]:
+    """Draw the weights of TEXT and of IMAGE into a file each; {} if the adapters have no router."""
+    w = model.routing_weights()
+    if w is None:
+        return {}
+    files = {modality: folder / f"routing_{modality}.png" for modality in (TEXT, IMAGE)}
+    for modality, file in files.items():
+        picture(w, file, (modality,))
+    return files

@@ -147,7 +147,7 @@ def test_a_rank_that_dies_is_one_line_and_ends_the_others(data, tmp_path, victim
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
-@pytest.mark.parametrize("command", ["train.py", "evaluate.py", "sample.py", "weights.py"])
+@pytest.mark.parametrize("command", ["train.py", "evaluate.py", "sample.py", "weights.py", "web.py"])
 def test_ctrl_c_during_the_imports_is_one_line(command, data, tmp_path):
     """numpy, for one, turns a KeyboardInterrupt during its import into an AttributeError."""
     (tmp_path / "torch").mkdir()

@@ -12,11 +12,13 @@ from conftest import ROOT
 import evaluate
 import sample
 import train
+import web
 from speed import bench
 
 README, RESULTS, TINY = "README.md", "speed/RESULTS.md", "tiny/README.md"
 TEXTS = {name: (ROOT / name).read_text() for name in (README, RESULTS, TINY)}
-CONFIGS = {"train.py": train.Config, "sample.py": sample.Config, "speed.bench": bench.Config}
+CONFIGS = {"train.py": train.Config, "sample.py": sample.Config, "web.py": web.Config,
+           "speed.bench": bench.Config}
 EVALUATE = [config for config, _ in evaluate.COMMANDS.values()]
 ALL_FLAGS = {f.name for config in (*CONFIGS.values(), *EVALUATE) for f in dataclasses.fields(config)}
 
