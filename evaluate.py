@@ -39,6 +39,7 @@ class ModelFlags:
     json: bool = False  # print the scores as one JSON line instead of a table
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu, ..
     dtype: str = "auto"  # auto, bf16 or fp32
+    bits: int = 16  # 4: keep LLaMA's matrices in 4 bits, as in train.py; 16: in --dtype
 
 
 @dataclass

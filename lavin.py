@@ -259,14 +259,14 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.G
 
 
 def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device="cpu", dtype=torch.float32,
-         any_base: bool = False) -> tuple[LaVIN, dict]:
+         any_base: bool = False, store: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base has other sizes, or other weights unless `any_base`.
+    ValueError if the base has other sizes, or other weights unless `any_base`. store: see weights.load.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})
-    llama = LLaMA.from_pretrained(llama_path, device, dtype)
+    llama = LLaMA.from_pretrained(llama_path, device, dtype, store)
     vit = VisionTransformer.from_pretrained(clip_path, device, dtype) if cfg.vision else None
     model = LaVIN(llama, vit, cfg)
     weights.check_base(path, meta, model, f"{llama_path} + {clip_path}", any_base)

@@ -240,6 +240,6 @@ class LLaMA(nn.Module):
         return torch.stack(routing_weights)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "LLaMA":
+    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, store=None) -> "LLaMA":
         """Read a folder of official weights; ValueError or FileNotFoundError if something is wrong."""
-        return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype)
+        return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, store)

@@ -235,9 +235,8 @@ def read_llava(path: str | Path, images: Path | None = None) -> list[Sample]:
     The pictures are COCO's train2014, named as in LLaVA (000000215677.jpg) or COCO (COCO_train2014_000..).
     """
     path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = [path / n for n in ([LLAVA_WHOLE] if (path / LLAVA_WHOLE).is_file() else LLAVA_PARTS)]
+    names = [LLAVA_WHOLE] if (path / LLAVA_WHOLE).is_file() else LLAVA_PARTS
+    files = [path / name for name in names] if path.is_dir() else [path]
     images = images or files[0].parent / "train2014"
     present = set(os.listdir(images)) if images.is_dir() else ()
     samples = []

@@ -20,8 +20,9 @@ from evaluation.conversation import Conversation
 from evaluation.routing import show_routing
 from official.images import open_image
 from official.tokenizer import Tokenizer
+from speed import nf4
 from speed.machine import Meter
-from speed.step import FastStep
+from speed.step import FastStep, fold
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -45,9 +46,10 @@ class Config:
     compile: bool = False  # compile the decoding step: 10 s to a minute, then faster tokens; needs g++
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # bf16 or fp32
+    bits: int = 16  # 4: keep LLaMA's matrices in 4 bits, as in train.py; 16: in --dtype
 
 
-def answer(conversation: Conversation, fast_decode: FastStep, prompt: str, cfg: Config) -> None:
+def answer(conversation: Conversation, fast_decode: FastStep | None, prompt: str, cfg: Config) -> None:
     """Print the answer to one prompt as it is generated, and keep it as a turn."""
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
@@ -73,7 +75,7 @@ def answer(conversation: Conversation, fast_decode: FastStep, prompt: str, cfg: 
     print(f"[{meter.report()}]", file=sys.stderr)
 
 
-def chat(conversation: Conversation, fast_decode: FastStep, cfg: Config) -> None:
+def chat(conversation: Conversation, fast_decode: FastStep | None, cfg: Config) -> None:
     """Read turns from stdin until it ends. After an error in a turn, the chat goes on."""
     print("Ask a question. /image PATH shows an image, /reset forgets the turns. Ctrl-C stops an answer, "
           "Ctrl-D or an empty line ends the chat.", file=sys.stderr)
@@ -110,8 +112,8 @@ def main() -> None:
     if cfg.image:
         open_image(cfg.image)  # report a bad image before the weights are read
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    started = time.time()
-    model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base)
+    started, store = time.time(), nf4.storage(cfg.bits, cfg.compile)
+    model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, store)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
           f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
     if cfg.routing:
@@ -119,8 +121,7 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    model.fold(*modalities)
-    fast_decode = FastStep(model)  # the same result as LaVIN.decode for one row, in less time
+    fast_decode = fold(model, *modalities)  # the same result as LaVIN.decode for one row, in less time
     if cfg.compile:
         from speed.compiling import compile_step
         started, fast_decode = time.time(), compile_step(model)

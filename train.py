@@ -33,6 +33,7 @@ from llama import LLaMA
 from official.adapter_files import fill, read_checkpoint, restore, write_checkpoint
 from official.saving import claim
 from official.tokenizer import Tokenizer
+from speed import nf4, price
 
 SMALL_WORLD = "tiny/data"
 
@@ -75,6 +76,7 @@ class Config:
     checkpoint: bool = False  # activation checkpointing: less memory, 1.4 x the work
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
+    bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
     workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
     log_every: int = 10  # [1, inf) steps between log lines
     save_every: int = 100  # [1, inf) steps between checkpoints
@@ -103,16 +105,16 @@ def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.o
 
 # --resume refuses a run in which one of these differs; folders, machine and logging may change
 MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normalize format captions max_len "
-              "epochs warmup batch_size lr weight_decay beta2 clip_grad seed").split()
+              "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
 
 
 def load_checkpoint(path: Path, model: LaVIN, optimizer, must_match: dict) -> int:
     """Restore adapters and optimizer, return the number of steps done. ValueError if it is another run's."""
     state = read_checkpoint(path)
+    before = {"bits": 16} | state["run"]  # older checkpoints do not say how many
     for name, value in must_match.items():
-        before = state["run"].get(name)
-        if before != value:
-            raise ValueError(f"{path}: --resume continues a run with {name} {before}, not {value}")
+        if before.get(name) != value:
+            raise ValueError(f"{path}: --resume continues a run with {name} {before.get(name)}, not {value}")
     fill(trainable(model), state["adapters"], path)
     restore(optimizer, state["optimizer"], path)
     return state["step"]
@@ -121,7 +123,7 @@ def load_checkpoint(path: Path, model: LaVIN, optimizer, must_match: dict) -> in
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
-    llama = LLaMA.from_pretrained(cfg.llama, device, dtype)
+    llama = LLaMA.from_pretrained(cfg.llama, device, dtype, nf4.storage(cfg.bits))
     llama.recompute_blocks = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
     tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
@@ -174,8 +176,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     for p, g in zip(theta_a.values(), gradients.split([p.numel() for p in theta_a.values()])):
         p.grad = g.view_as(p)
     optimizer = optimizer_for(theta_a, cfg)
-    # the same run: the same flags, tokens and base
-    must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {
+    must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {  # the same flags, tokens and base
         "data": data.fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", model, optimizer, must_match) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
@@ -222,7 +223,6 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 def main() -> None:
     cfg = cli.parse(Config, RECIPES)
     if cfg.dry_run:
-        from speed import price
         print(price.quote(cfg))
         return
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)

@@ -20,6 +20,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Callable
+from weakref import WeakValueDictionary
 
 import cli  # isort: skip  # before torch: Ctrl-C during its import ends in one line
 import torch
@@ -36,16 +37,14 @@ from official.tokenizer import special_ids, tokenizer_files, tokenizer_path
 
 def read_llama(path: str | Path) -> tuple[dict, Tensors]:
     """A folder of LLaMA weights -> (sizes for LLaMAConfig, tensors under Meta's names)."""
-    path = Path(path)
-    read = llama_layouts.read_meta if identify(path, "LLaMA") == "LLaMA, Meta" else llama_layouts.read_hf
-    return read(path)
+    meta = identify(Path(path), "LLaMA") == "LLaMA, Meta"
+    return (llama_layouts.read_meta if meta else llama_layouts.read_hf)(Path(path))
 
 
 def read_clip(path: str | Path) -> tuple[dict, Tensors]:
     """A folder of CLIP weights or OpenAI's file -> (sizes for CLIPConfig, tensors under OpenAI's names)."""
-    path = Path(path)
-    read = clip_layouts.read_openai if identify(path, "CLIP") == "CLIP, OpenAI" else clip_layouts.read_hf
-    return read(path)
+    openai = identify(Path(path), "CLIP") == "CLIP, OpenAI"
+    return (clip_layouts.read_openai if openai else clip_layouts.read_hf)(Path(path))
 
 
 def read_adapters(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -59,15 +58,18 @@ def read_adapters(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, meta
 
 
+def sketch(p: torch.Tensor) -> bytes:
+    """The shape of a tensor and 64 of its values; the same for copies in fp32 and bf16."""
+    values = p.detach().flatten()[:: max(1, p.numel() // 64)][:64]
+    return f"{list(p.shape)}".encode() + values.to(torch.bfloat16).float().cpu().numpy().tobytes()
+
+
 def fingerprint(model: nn.Module) -> str:
-    """A hash of 64 values of every frozen tensor of a LaVIN; the same for copies in fp32 and bf16."""
-    digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        if "adapter_" not in name:
-            values = p.detach().flatten()[:: max(1, p.numel() // 64)][:64]
-            digest.update(f"{name}{list(p.shape)}".encode())
-            digest.update(values.to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """A hash of the sketches of all frozen tensors. A matrix in 4 bits has the sketch of its original."""
+    sketches = {name: sketch(p) for name, p in model.named_parameters() if "adapter_" not in name}
+    sketches |= {f"{name}.weight": m.sketch for name, m in model.named_modules() if hasattr(m, "sketch")}
+    text = b"".join(name.encode() + sketches[name] for name in sorted(sketches))
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def check_base(path: str | Path, meta: dict, model: nn.Module, base: str, any_base: bool) -> None:
@@ -82,10 +84,12 @@ def check_base(path: str | Path, meta: dict, model: nn.Module, base: str, any_ba
                          f"{fingerprint(model)}); point --llama and --clip at that base, or pass --any_base")
 
 
-def load(model: Callable, config: Callable, read: Callable, path: str | Path, device, dtype) -> nn.Module:
+def load(model: Callable, config: Callable, read: Callable, path: str | Path, device, dtype,
+         store: Callable | None = None) -> nn.Module:
     """Build model(config(**sizes)) from what read(path) returns, on `device`, as `dtype`.
 
-    Only one tensor is read at a time. ValueError if a shape differs or a value is not finite.
+    Only one tensor is read at a time. store(model, name of its module) may then replace the module, which
+    frees the tensor. ValueError if a shape differs or a value is not finite.
     """
     sizes, tensors = read(path)
     with torch.device("meta"):  # names and shapes, no memory
@@ -95,15 +99,17 @@ def load(model: Callable, config: Callable, read: Callable, path: str | Path, de
     wrong = [f"{name} {list(tensors[name].shape)} instead of {list(p.shape)}"
              for name, p in ours.items() if tensors[name].shape != p.shape]
     complain(path, {"wrong shapes": wrong}, "the configuration is of another model, download both again")
-    stored = {}  # {Lazy: parameter}; tied embeddings have two names, but one Lazy, and are stored once
-    for name in ours:
+    kept = WeakValueDictionary()  # {Lazy: parameter}; tied embeddings have one Lazy, and are stored once
+    for name, t in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        t = tensors[name]
-        if t not in stored:
-            stored[t] = nn.Parameter(t().to(device, dtype, copy=True), requires_grad=False)
-            if not all(x.isfinite() for x in stored[t].aminmax()):
+        p = kept.get(t)
+        if p is None:
+            kept[t] = p = nn.Parameter(t().to(device, dtype, copy=True), requires_grad=False)
+            if not all(x.isfinite() for x in p.aminmax()):
                 raise ValueError(f"{path}: {name} holds values that are not finite; download it again")
-        setattr(model.get_submodule(owner), leaf, stored[t])
+        setattr(model.get_submodule(owner), leaf, p)
+        if store:
+            store(model, owner)
     return model
 
 

@@ -27,27 +27,27 @@ from evaluation.log import clock
 from official.saving import append, claim, named, write_atomically
 from official.tokenizer import Tokenizer
 from prompts import Sample
-from speed.step import FastStep
+from speed import nf4
+from speed.step import fold
 
 
 def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, temperature: float = 0.0,
            top_p: float = 0.75, seed: int = 0, batch_size: int = 64, progress: bool = True,
            until: re.Pattern | None = None, write: Callable[[dict], None] | None = None) -> dict[str, str]:
-    """{id: generated text}. Ignores the responses of the samples. Folds the model's adapters.
+    """{id: generated text}. Ignores the responses of the samples. Folds the model's adapters if it can.
 
     until  a text ends once this pattern matches
     write  receives the texts of each batch as soon as they are complete
     """
     if not samples:
         return {}
-    if not model.folded:
-        model.fold(*sorted({int(s.image is not None) for s in samples}))
+    fast_decode = fold(model, *sorted({int(s.image is not None) for s in samples}))
     n_cls, image_size = (model.vit.n_cls, model.vit.cfg.image_size) if model.vit else (0, 0)
     questions = [data.encode(dataclasses.replace(s, response=""), tokenizer, n_cls) for s in samples]
     longest = max(e.length for e in questions) + max_new_tokens
     batch_size = min(batch_size, rows_that_fit(model, longest))
     complete = completeness(tokenizer, until)
-    sampling = dict(temperature=temperature, top_p=top_p, seed=seed, fast_decode=FastStep(model))
+    sampling = dict(temperature=temperature, top_p=top_p, seed=seed, fast_decode=fast_decode)
     texts, started = {}, time.time()
     for rows in batches(questions, batch_size):
         batch = data.collate(rows, image_size, model.cfg.normalize).to(model.device)
@@ -118,7 +118,7 @@ def log_likelihoods(model, tokenizer, sample: Sample, answers: list[str]) -> dic
 
 def weigh(model, tokenizer, samples: list[Sample], write: Callable[[dict], None]) -> None:
     """Call write({id: {answer: log p}}) for each question of TruthfulQA."""
-    model.fold(lavin.TEXT)
+    fold(model, lavin.TEXT)
     rank, _ = cli.processes()
     started = time.time()
     for k, s in enumerate(samples, start=1):
@@ -163,7 +163,7 @@ def resume(path: Path, run: dict) -> dict:
         return {}
     head, *rows = text.split("\n")
     try:
-        before = dict(json.loads(head)["run"])
+        before = {"bits": 16} | dict(json.loads(head)["run"])  # older files do not say how many
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: exists, but is not a file of predictions; give another --out") from None
     for name, value in run.items():
@@ -225,8 +225,9 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
         raise ValueError(f"--out {out}: predictions are JSON lines; give a name that ends in .jsonl")
     rank, ranks = cli.processes()
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
+    nf4.storage(cfg.bits)  # refuse an unknown number before anything is read or written
     run = {**run, "adapters": hashlib.sha256(Path(cfg.adapters).read_bytes()).hexdigest()[:16],
-           "questions": fingerprint(samples), "dtype": str(dtype).removeprefix("torch.")}
+           "questions": fingerprint(samples), "dtype": str(dtype).removeprefix("torch."), "bits": cfg.bits}
     if out and rank == 0:
         claim(Path(out).parent, f"{Path(out).name}.lock")
     barrier()  # no process reads `out` before it is known that no other run writes to it
@@ -280,5 +281,6 @@ def gather(mine: dict) -> list[dict]:
 
 def load(cfg, device: torch.device, dtype: torch.dtype) -> tuple[lavin.LaVIN, Tokenizer]:
     """The model that the flags name, and its tokenizer."""
-    model, _ = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base)
+    store = nf4.storage(cfg.bits)
+    model, _ = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, store)
     return model, Tokenizer(cfg.llama, model.llama.cfg.vocab_size)

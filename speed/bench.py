@@ -6,6 +6,7 @@
     python -m speed.bench decode --vs hf              the same, in turn with Hugging Face's generate
     python -m speed.bench memory --preset 7B --layers 2 --dtype bf16
                                                       memory of one step: parameters, activations, peak
+    python -m speed.bench memory --bits 4             with LLaMA's matrices in 4 bits; train and decode, too
 
 Weights and tokens are random and made on the device. stdout gets one JSON line, stderr everything else.
 """
@@ -33,7 +34,7 @@ from clip import CLIPConfig, VisionTransformer
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 from prompts import Sample
-from speed import decoding
+from speed import decoding, nf4, price
 from speed.machine import matmul_peak, seconds
 from speed.price import A100, EPOCHS, PROBLEMS, Kind, Load, balance, draw, flops, kinds, memory, useful
 
@@ -61,6 +62,7 @@ class Config:
     seed: int = 0  # [0, inf) of weights, lengths and tokens
     device: str = "auto"  # cuda, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32
+    bits: int = 16  # 4: LLaMA's matrices in 4 bits; 16: in --dtype
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -110,10 +112,10 @@ def block_bytes(c: LLaMAConfig, dtype: torch.dtype, device: torch.device,
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that stay allocated between steps: parameters, gradients and AdamW's moments."""
+    """Bytes that stay allocated between steps: weights, gradients and AdamW's moments."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     moments = [x for state in optimizer.state.values() for x in state.values()]
-    return sum(x.nbytes for x in [*model.parameters(), *grads, *moments])
+    return sum(x.nbytes for x in [*model.parameters(), *model.buffers(), *grads, *moments])
 
 
 def peak_bytes(runner, problems: list[Kind], device: torch.device) -> int:
@@ -135,14 +137,20 @@ def peak_bytes(runner, problems: list[Kind], device: torch.device) -> int:
 # ---------------------------------------------------------------------------------------------------
 # models and batches
 
-def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model on the meta device random weights: trained ones in fp32, frozen ones in `dtype`."""
+def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
+                store: Callable | None = None) -> None:
+    """Give a model on the meta device random weights: trained ones in fp32, frozen ones in `dtype`.
+
+    store: as for weights.load
+    """
     trained = trainable(model)
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         x = torch.empty(p.shape, device=device, dtype=torch.float32 if name in trained else dtype)
         x = x.normal_(std=0.02) if p.ndim > 1 else x.fill_(leaf == "weight")  # 1 for norms, 0 for biases
         setattr(model.get_submodule(owner), leaf, nn.Parameter(x, requires_grad=name in trained))
+        if store:
+            store(model, owner)
 
 
 def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = True) -> LaVIN:
@@ -153,16 +161,16 @@ def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = 
     c = replace(c, n_layers=cfg.layers or c.n_layers)
     with torch.device("meta"):
         model = LaVIN(LLaMA(c), VisionTransformer(v) if vision else None, LaVINConfig(vision=vision))
-    needed = dtype.itemsize * sum(p.numel() for p in model.parameters())
+    store, needed = nf4.storage(cfg.bits), price.frozen_bytes(model, dtype, cfg.bits)
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
         raise ValueError(f"--preset {cfg.preset}: the weights need {needed / 1e9:.1f} GB, but {device} has "
-                         f"{available / 1e9:.1f}; give --dtype bf16 or fewer --layers")
+                         f"{available / 1e9:.1f}; give --dtype bf16 or fewer --layers, or --bits 4")
     torch.manual_seed(cfg.seed)
-    materialise(model, device, dtype)
+    materialise(model, device, dtype, store)
     return model
 
 
@@ -309,7 +317,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
         "micro_batch_flops": sum(flops(model, load, in_full=True).values()),
         "micro_batch_flops_torch": counted_flops(lambda: ours.loss(batch).backward()),
         "peak_gb": peak_bytes(ours, micro, device) / 1e9,
-        "predicted_peak_gb": sum(memory(model, dtype, load).values()) / 1e9,
+        "predicted_peak_gb": sum(memory(model, dtype, load, bits=cfg.bits).values()) / 1e9,
         "slowest_over_mean_rank": balance(),
         "recipe_hours_here": recipe / rate / 3600,
         # a projection that nobody ran: the utilisation measured here, on the slowest of eight ranks
@@ -323,6 +331,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def decode(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
+    if cfg.bits == 4 and (cfg.vs or cfg.compile):
+        raise ValueError("--vs and --compile need folded adapters; leave them out, or --bits 4")
     model, prompt = build(cfg, device, dtype).eval(), Kind(94, 94, True)
     examples = examples_of([prompt], model.llama.cfg.vocab_size, model.vit.n_cls)
     batch = data.collate(examples, model.vit.cfg.image_size, "clip").to(device)
@@ -334,7 +344,7 @@ def compare_memory(cfg: Config, device: torch.device, dtype: torch.dtype) -> dic
     model, problems = ours.model, largest(draw(cfg.batch_size, cfg.seed), cfg.micro_batch)
     load, batch = Load.of(problems), ours.batch(problems)
     ours.step([batch])
-    lines = memory(model, dtype, load)
+    lines = memory(model, dtype, load, bits=cfg.bits)
     say(f"{len(problems)} sequences, {load.tokens} tokens, {load.pictures} pictures; predicted:")
     for line, x in lines.items():
         say(f"  {line:20}{x / 1e6:12.2f} MB")

@@ -17,6 +17,7 @@ import data
 from lavin import IMAGE, LaVIN
 from speed.compiling import compile_step
 from speed.machine import bandwidth, bytes_per_token
+from speed.nf4 import NF4Linear
 from speed.step import FastStep
 
 Answer = Callable[[], tuple[list[int], list[float]]]  # returns the tokens, and when each one reached the CPU
@@ -176,13 +177,16 @@ def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, v
             say: Callable[[str], None]) -> dict:
     """The figures that `speed.bench decode` prints. Every answer has n tokens. Folds the model.
 
-    vs: "hf" includes Hugging Face; compiled: include the compiled step
+    vs: "hf" includes Hugging Face; compiled: include the compiled step. With matrices in 4 bits, which cannot
+    be folded, the only model is the unfolded one.
     """
-    without_adapters, unfolded = bare(model), share(model)
-    model.fold(IMAGE)
-    answers = {"bare": lavin_answer(without_adapters, batch, n, FastStep(without_adapters)),
-               "unfolded": lavin_answer(unfolded, batch, n, None),
-               "folded": lavin_answer(model, batch, n, FastStep(model))}
+    unfolded, ours = share(model), "unfolded"
+    answers = {"unfolded": lavin_answer(unfolded, batch, n, None)}
+    if not isinstance(model.llama.layers[0].attention.wq, NF4Linear):
+        without_adapters, ours = bare(model), "folded"
+        model.fold(IMAGE)
+        answers = {"bare": lavin_answer(without_adapters, batch, n, FastStep(without_adapters)), **answers,
+                   "folded": lavin_answer(model, batch, n, FastStep(model))}
     if compiled:
         answers["compiled"] = lavin_answer(model, batch, n, compile_step(model))
     if vs:
@@ -191,14 +195,14 @@ def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, v
     timings = take_turns(answers, burn_in, steps, model.device, say)
 
     ms, length = {name: 1e3 * median(times) for name, times in timings.per_token.items()}, batch.lengths[0]
-    prefill, size = median(timings.prefill["folded"]), bytes_per_token(model.llama, length + n / 2)
+    prefill, size = median(timings.prefill[ours]), bytes_per_token(model.llama, length + n / 2)
     result = {f"{name}_ms_per_token": x for name, x in ms.items()} | {
-        "prefill_s": prefill, "prefill_tokens_per_s": length / prefill, "tokens_per_s": 1e3 / ms["folded"],
-        "folded_over_bare": timings.speedup("bare", "folded"),
-        "unfolded_over_bare": timings.speedup("bare", "unfolded"),
-        "mb_per_token": size / 1e6, "gb_per_s": size / ms["folded"] / 1e6,
-        "memory_gb_per_s": median(timings.limits()) / 1e9, "utilisation": timings.utilisation("folded", size)}
+        "prefill_s": prefill, "prefill_tokens_per_s": length / prefill, "tokens_per_s": 1e3 / ms[ours],
+        "mb_per_token": size / 1e6, "gb_per_s": size / ms[ours] / 1e6,
+        "memory_gb_per_s": median(timings.limits()) / 1e9, "utilisation": timings.utilisation(ours, size)}
     tokens = timings.tokens
+    if "bare" in ms:
+        result |= {f"{name}_over_bare": timings.speedup("bare", name) for name in ("folded", "unfolded")}
     if compiled:
         result |= {"compiled_over_folded": timings.speedup("folded", "compiled"),
                    "compiled_gb_per_s": size / ms["compiled"] / 1e6,

@@ -39,9 +39,13 @@ def bandwidth(device: torch.device, tries: int = 10) -> tuple[float, float]:
 
 
 def bytes_per_token(llama: LLaMA, slots: float) -> float:
-    """Bytes that a decoding step reads for one row: all weights but the embeddings, and the cache in use."""
+    """Bytes that a decoding step reads for one row: all weights but the embeddings, and the cache in use.
+
+    Of a matrix in 4 bits these are the codes, which are buffers. Its decoded copy, which is written and read
+    again, is not counted.
+    """
     named = llama.named_parameters(remove_duplicate=False)  # tied embeddings are read as the output matrix
-    weights = sum(p.nbytes for n, p in named if not n.startswith("tok_embeddings"))
+    weights = sum(x.nbytes for n, x in [*named, *llama.named_buffers()] if not n.startswith("tok_embeddings"))
     c = llama.cfg
     return weights + 2 * slots * c.n_layers * c.n_kv_heads * c.dim // c.n_heads * llama.norm.weight.itemsize
 

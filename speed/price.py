@@ -20,6 +20,7 @@ from clip import CLIPConfig, VisionTransformer
 from lavin import LOSS_ROWS, LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 from official.tokenizer import Tokenizer
+from speed import nf4
 from speed.shapes import LLAMAS, TIED, VITS
 
 PROBLEMS, EPOCHS = 12_726, 20  # the paper's recipe: ScienceQA's train split, 20 times
@@ -161,8 +162,28 @@ def useful(lines: dict[str, float]) -> float:
 # ---------------------------------------------------------------------------------------------------
 # memory
 
-def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = False) -> dict[str, float]:
-    """Bytes in use at the peak of one micro-batch, by line. The model may be on the meta device."""
+def frozen_bytes(model: LaVIN, dtype: torch.dtype, bits: int = 16) -> float:
+    """Bytes of the frozen weights. The model may be on the meta device; there, its matrices have 16 bits."""
+    c = model.llama.cfg
+    others = sum(p.numel() for name, p in model.named_parameters()
+                 if "adapter_" not in name and name.split(".")[-2] not in nf4.MATRICES)
+    d_kv = c.dim * c.n_kv_heads // c.n_heads
+    matrices = c.n_layers * (2 * c.dim * (c.dim + d_kv) + 3 * c.dim * c.ffn_dim)
+    return dtype.itemsize * others + matrices * (nf4.BITS / 8 if bits == 4 else dtype.itemsize)
+
+
+def decoded_bytes(model: LaVIN, dtype: torch.dtype, bits: int) -> int:
+    """Bytes in use while the largest matrix in 4 bits is decoded: its copy, a chunk of indices and fp32."""
+    n = model.llama.cfg.dim * model.llama.cfg.ffn_dim
+    return 0 if bits == 16 else dtype.itemsize * n + 6 * min(n, nf4.BLOCK * nf4.CHUNK) + 4 * n // nf4.BLOCK
+
+
+def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = False,
+           bits: int = 16) -> dict[str, float]:
+    """Bytes in use at the peak of one micro-batch, by line. The model may be on the meta device.
+
+    bits: 4 if LLaMA's matrices are in 4 bits (speed/nf4.py)
+    """
     c, e, T = model.llama.cfg, dtype.itemsize, load.tokens
     n_trained = sum(p.numel() for p in trainable(model).values())
     # A block keeps x, q, the attention's output and x after the attention (d values each), k and v (d_kv
@@ -173,11 +194,17 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     loss = T * 4 * c.dim + load.targets * e * c.dim
     # Two peaks come on top of what is kept. In the loss, a chunk of logits exists three times in fp32:
     # logits, log-softmax and gradient. In the backward pass of the last block, the loss is already freed;
-    # alive are silu(gate), three gradients of its size, and the gradient of x.
+    # alive are silu(gate), three gradients of its size, and the gradient of x. In 4 bits and with few tokens,
+    # more is alive a little later: the decoded w3, the gradient of x, and unless the block is recomputed one
+    # more tensor of gate's size.
     chunk = 12 * min(LOSS_ROWS, load.targets) * c.vocab_size
-    backward = e * T * (4 * c.ffn_dim + c.dim) + checkpoint * block
+    backward = e * T * (4 * c.ffn_dim + c.dim)
+    if bits == 4:
+        gradients = e * T * (c.dim + c.ffn_dim * (not checkpoint))
+        backward = max(backward, decoded_bytes(model, dtype, bits) + gradients)
+    backward += checkpoint * block
     lines = {
-        "frozen weights": e * (sum(p.numel() for p in model.parameters()) - n_trained),
+        "frozen weights": frozen_bytes(model, dtype, bits),
         "adapters": 4 * n_trained,
         "gradients": 4 * n_trained,
         "AdamW": 8 * n_trained,
@@ -195,14 +222,15 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     return lines
 
 
-def answering(model: LaVIN, dtype: torch.dtype, slots: int) -> dict[str, float]:
-    """Bytes in use while one row of `slots` tokens is answered, by line. LLaMA's adapters are folded."""
+def answering(model: LaVIN, dtype: torch.dtype, slots: int, bits: int = 16) -> dict[str, float]:
+    """Bytes in use while one row of `slots` tokens is answered, by line. 16 bits: the adapters are folded."""
     c, e, D = model.llama.cfg, dtype.itemsize, model.llama.cfg.dim // model.llama.cfg.n_heads
-    kept = {name: p for name, p in trainable(model).items() if not name.startswith("llama.")}
-    frozen = sum(p.numel() for name, p in model.named_parameters() if "adapter_" not in name)
-    return {"frozen weights": e * frozen, "adapters": 4 * sum(p.numel() for p in kept.values()),
+    kept = {name: p for name, p in trainable(model).items() if bits == 4 or not name.startswith("llama.")}
+    return {"frozen weights": frozen_bytes(model, dtype, bits),
+            "adapters": 4 * sum(p.numel() for p in kept.values()),
             "cache": 2 * e * c.n_layers * c.n_kv_heads * D * slots,
-            "rotary table": 4 * 2 * D * c.max_seq_len}  # of FastStep, for the whole context
+            "rotary table": 4 * 2 * D * c.max_seq_len * (bits == 16),  # of FastStep, for the whole context
+            "a decoded matrix": decoded_bytes(model, dtype, bits)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -263,6 +291,7 @@ def table(lines: dict[str, float], units: dict[str, float]) -> list[str]:
 
 def quote(cfg) -> str:
     """What train.py would need with the flags `cfg`: parameters, memory, FLOPs, time. Reads no weights."""
+    nf4.storage(cfg.bits)  # refuses an unknown number
     model = build(cfg)
     n = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in trainable(model).values())
@@ -270,22 +299,24 @@ def quote(cfg) -> str:
     problems, source = problems_of(cfg, model)
     load = Load.of(problems, len(problems) / cfg.micro_batch)
     longest = Kind(max(p.length for p in problems), 0, cfg.vision)
-    peak = memory(model, dtype, Load.of([longest] * cfg.micro_batch), cfg.checkpoint)
+    peak = memory(model, dtype, Load.of([longest] * cfg.micro_batch), cfg.checkpoint, cfg.bits)
+    answer = sum(answering(model, dtype, longest.length, cfg.bits).values())
+    stored = str(dtype).removeprefix("torch.") + " and LLaMA's matrices in 4 bits" * (cfg.bits == 4)
     work = flops(model, load.times(cfg.epochs), cfg.checkpoint)
     seconds = sum(work.values()) / (ASSUMED_UTILISATION * A100)
     times = {"1 GPU": seconds, "8 GPUs": seconds / 8 * balance(8, cfg.batch_size)}
     base = f"{cfg.llama} + {cfg.clip}" if cfg.vision else cfg.llama
     return "\n".join([
         f"{base}, recipe {cfg.recipe}: {n:,} parameters, of which {n_trained:,} train",
-        f"memory of one GPU, base in {str(dtype).removeprefix('torch.')}, "
-        f"micro-batch {cfg.micro_batch} x {longest.length} tokens",
+        f"memory of one GPU, base in {stored}, micro-batch {cfg.micro_batch} x {longest.length} tokens",
         *table({**peak, "peak": sum(peak.values())}, {"GB": 1e9, "MB": 1e6}),
         f"memory to answer, one row of {longest.length} tokens",
-        *table({"to answer": sum(answering(model, dtype, longest.length).values())}, {"GB": 1e9, "MB": 1e6}),
+        *table({"to answer": answer}, {"GB": 1e9, "MB": 1e6}),
         f"work, {cfg.epochs:g} x {len(problems):,} problems as in {source}, "
         f"{load.tokens / len(problems):.0f} tokens each on average",
         *table({**work, "all": sum(work.values())}, {"PFLOP": 1e15, "TFLOP": 1e12}),
-        f"time at {ASSUMED_UTILISATION:.0%} of an A100's {A100 / 1e12:.0f} TFLOP/s: stated, not measured",
+        f"time at {ASSUMED_UTILISATION:.0%} of an A100's {A100 / 1e12:.0f} TFLOP/s: stated, not measured"
+        + "; decoding the 4-bit matrices comes on top" * (cfg.bits == 4),
         *table(times, {"h": 3600, "min": 60, "s": 1})])
 
 

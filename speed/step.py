@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from lavin import LaVIN
 from llama import KVCache, LLaMAConfig, rope_table
+from speed.nf4 import NF4Linear
 
 
 @cache
@@ -139,3 +140,15 @@ class FastStep:
             cache: KVCache) -> torch.Tensor:
         return one_token(weights, self.cfg.n_heads, self.cfg.norm_eps, token, position,
                          self.rope[:cache.filled], cache.k, cache.v)
+
+
+def fold(model: LaVIN, *modalities: int) -> FastStep | None:
+    """Fold the adapters, unless that was done, and return the fast step.
+
+    None if LLaMA's matrices are in 4 bits. They cannot take in an adapter, so LaVIN.decode takes each step.
+    """
+    if isinstance(model.llama.layers[0].attention.wq, NF4Linear):
+        return None
+    if not model.folded:
+        model.fold(*modalities)
+    return FastStep(model)
