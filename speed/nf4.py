@@ -112,7 +112,7 @@ class NF4Linear(nn.Module):
         return dequantise(Quantised(self.codes, self.absmax, self.low, self.step), self.shape, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # what it does for nn.Linear, so that W is decoded in bf16
+        if torch.is_autocast_enabled(x.device.type):  # as for nn.Linear: W is decoded in bf16
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return Product.apply(x, self)
 

@@ -77,8 +77,8 @@ def test_chat_keeps_picture_and_history(ask, monkeypatch):
 
 
 def test_chat_encodes_a_picture_once(ask, monkeypatch):
-    calls, encode = [], lavin.LaVIN.encode_images
-    monkeypatch.setattr(lavin.LaVIN, "encode_images", lambda *a: calls.append(1) or encode(*a))
+    calls, encode = [], lavin.VisionTransformer.forward
+    monkeypatch.setattr(lavin.VisionTransformer, "forward", lambda *a: calls.append(1) or encode(*a))
     questions = "What color is the circle?\n" * 3
     out, _ = ask("--chat", "--image", "tiny/demo.png",
                  stdin=f"{questions}/reset\n{questions}/image tiny/demo.png\n{questions}")
