@@ -30,15 +30,15 @@ SLOPE = 1.0  # KB a step
 
 def record_memory(file: Path) -> None:
     """From here on, every line of the log also notes the step and the resident memory in KB."""
-    line = Log.line
+    flush = Log.flush
 
     def noted(self, step, *args):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         with open(file, "a") as f:
             f.write(f"{step} {pages * os.sysconf('SC_PAGE_SIZE') // 1024}\n")
-        return line(self, step, *args)
+        return flush(self, step, *args)
 
-    Log.line = noted
+    Log.flush = noted
 
 
 def long_run(folder: Path, steps: int) -> Row:
