@@ -46,12 +46,14 @@ class Config:
 def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
     """The page of a loaded model. folder: where the charts of its routing weights are written."""
     import gradio as gr
+    from gradio.events import Dependency
 
     charts = routing.pictures(model, folder)  # first, because a folded model has no routing weights
-    fast_decode = FastStep(model.fold(*([lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT])))
+    modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
+    fast_decode = FastStep(model.fold(*modalities))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
     max_new_tokens = cfg.max_new_tokens or meta["max_new_tokens"]
-    lock = threading.Lock()  # text and image use other projections; two answers at once would exchange them
+    lock = threading.Lock()  # an answer puts its modality's projections into LLaMA, so the next must wait
 
     def chat(message: dict, history: list[dict]):
         """Yield the answer so far and the chart of the routing weights that it uses."""
@@ -76,10 +78,17 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
             turns = gr.Chatbot(label="LaVIN", height="70vh", buttons=["copy"], render_markdown=False)
             box = gr.MultimodalTextbox(file_types=["image"], stop_btn=True, max_plain_text_length=10**6)
             examples = [{"text": DEMO[1], "files": [DEMO[0]]}] if model.vit else None
-            gr.ChatInterface(chat, multimodal=True, chatbot=turns, textbox=box, examples=examples,
-                             cache_examples=False, additional_outputs=chart, concurrency_limit=1)
+            ui = gr.ChatInterface(chat, multimodal=True, chatbot=turns, textbox=box, examples=examples,
+                                  cache_examples=False, additional_outputs=chart, concurrency_limit=1)
+            # gradio 6 takes these steps only after an answer. After an error, too, the history must hold what
+            # the page shows, and the box must take the next question.
+            unlock = gr.update(interactive=True, submit_btn=True, stop_btn=False)
+            for event in [event for event in page.fns.values() if event.name == "_submit_fn"]:
+                Dependency(box, {}, event._id, None).failure(
+                    lambda shown: (shown, unlock), turns, [ui.chatbot_state, box], api_visibility="private")
         with gr.Column(scale=1, min_width=290, visible=bool(charts)):
-            gr.Markdown("Routing weights of LLaMA's layers. They depend only on whether there is an image.")
+            gr.Markdown("Routing weights of LLaMA's layers: w_0 in blue, w_1 in orange. They depend only on "
+                        "whether there is an image.")
             chart.render()
     return page
 
