@@ -192,8 +192,11 @@ def test_loading_goes_tensor_by_tensor(monkeypatch):
 
     def spy(model, name):
         if name.rpartition(".")[2] in nf4.MATRICES:
+            read = [m for n, m in model.named_modules() if n.rpartition(".")[2] in nf4.MATRICES
+                    and isinstance(m, torch.nn.Linear) and not m.weight.is_meta]
+            assert read == [model.get_submodule(name)]  # the others are codes, or still in the file
             alive.append(sum(not s.expired() for s in storages))
-            storages.append(StorageWeakRef(model.get_submodule(name).weight.untyped_storage()))
+            storages.append(StorageWeakRef(read[0].weight.untyped_storage()))
         store(model, name)
 
     model = LLaMA.from_pretrained(ROOT / "tiny/llama", store=spy)
