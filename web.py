@@ -77,7 +77,8 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
         with gr.Column(scale=3):
             turns = gr.Chatbot(label="LaVIN", height="70vh", buttons=["copy"], render_markdown=False)
             box = gr.MultimodalTextbox(file_types=["image"], stop_btn=True, max_plain_text_length=10**6)
-            examples = [{"text": DEMO[1], "files": [DEMO[0]]}] if model.vit and Path(DEMO[0]).is_file() else None
+            demo = model.vit and Path(DEMO[0]).is_file()  # not from every folder
+            examples = [{"text": DEMO[1], "files": [DEMO[0]]}] if demo else None
             ui = gr.ChatInterface(chat, multimodal=True, chatbot=turns, textbox=box, examples=examples,
                                   cache_examples=False, additional_outputs=chart, concurrency_limit=1)
             # gradio 6 takes these steps only after an answer. After an error, too, the history must hold what
