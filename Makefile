@@ -11,7 +11,7 @@ demo: .venv/ready  ## train the adapters on the small world, print Table 1's col
 
 test: .venv/ready-dev  ## all tests, on the CPU, offline
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 experiments: .venv/ready  ## the claims of experiments/README.md, about 40 minutes on 2 cores; a stopped run goes on
 	for name in table2 routing mixture cost; do $(BIN)/python -m experiments.$$name || exit 1; done

@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class AdapterConfig:
     kind: str = "mm"  # in LLaMA: "mm" = MM-Adapter, "rep" = one RepAdapter without a router
-    dim: int = 8  # r
+    dim: int = 8  # r, the number of hidden units
     scale: float = 1.0  # s
     tau: float = 10.0  # router temperature: 10 for LLaMA-7B, 5 for 13B
     dropout: float = 0.1  # on the hidden units of the adapter
@@ -74,7 +74,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask, drawn with the batch: True where a unit survives. `recompute` uses it again."""
+    """h [B, T, r]; mask: True where a unit survives, drawn in data.py, so that recomputing drops the same."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -86,9 +86,9 @@ class RepAdapter(nn.Module):
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
-        self.cfg = cfg
-        self.phi_d = xavier(nn.Linear(d, cfg.dim))
-        self.phi_u = GroupedLinear(cfg.dim, d)
+        self.cfg, r = cfg, cfg.dim
+        self.phi_d = xavier(nn.Linear(d, r))
+        self.phi_u = GroupedLinear(r, d)
 
     def forward(self, z: torch.Tensor, w: None = None, dropout_mask=None) -> torch.Tensor:
         """z [B, T, d] -> z' [B, T, d]. w is ignored: a block calls both kinds of adapter alike."""
@@ -101,18 +101,21 @@ class MMAdapter(nn.Module):
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
-        self.cfg = cfg
-        self.phi_d = xavier(nn.Linear(d, cfg.dim))
-        self.phi_u1, self.phi_u2 = GroupedLinear(cfg.dim, d), GroupedLinear(cfg.dim, d)
+        self.cfg, r = cfg, cfg.dim
+        self.phi_d = xavier(nn.Linear(d, r))
+        self.phi_u1, self.phi_u2 = GroupedLinear(r, d), GroupedLinear(r, d)
         self.f_w = nn.Linear(d, 2)  # W_m and b_m; the paper's f_w includes the softmax
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """t [.., d], the token that the router reads (t_m in LLaMA, [cls] in the ViT) -> w [.., 2] in fp32"""
-        logits = self.f_w(t).float()  # t_m W_m + b_m; in the ViT, t is [cls]
+        """t [.., d]: the layer's state of t_m (LLaMA) or [cls] (ViT), normalised like z -> w [.., 2], fp32"""
+        logits = self.f_w(t).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d], w [B, 1, 2] -> z'. In training, all samples form one row: w [1, T, 2], by token"""
+        """z [B, T, d] -> z'. w [B, 1, 2], a pair for each row.
+
+        In LLaMA's training, the samples form a single row, so w has a pair for each token: [1, T, 2].
+        """
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
@@ -134,7 +137,7 @@ def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The adapter merged into the projection W [out, d] that follows it: W' z + b' = W adapter(z, w), w [2].
 
-    Insert phi_d(z) = A z + a and phi_u(h) = U h + b, mixed by w (structural re-parameterisation):
+    Insert phi_d(z) = A z + a and phi_u(h) = U h + b, where U and b are those of the two phi_u, mixed by w:
     W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b), exact up to the rounding of W's dtype.
     """
     A, a = adapter.phi_d.weight, adapter.phi_d.bias  # [r, d], [r]

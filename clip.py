@@ -89,10 +89,10 @@ class Block(nn.Module):
     def adapted(self, x, dropout_mask):
         """The input of the attention: normalise, then Eq. (2). There is no t_m here: the router reads [cls].
 
-        Released code: reads z[0], all tokens of the first image; probably z[:, 0], every image's [cls], was
-        meant. So token i of every image is routed by token i of the first. Here: each image by its own [cls].
-        Released adapters were trained that way. For them, routed_by "token" routes each token by itself, as
-        the released code does when a batch holds one image.
+        Released code: the router reads z[0], so token i of every image is routed by token i of the first.
+        Probably z[:, 0], every image's [cls], was meant. Here: each image is routed by its own [cls].
+        The authors trained their released adapters with z[0]. With these, set routed_by to "token": then
+        each token is routed by itself, which is what z[0] does when a batch holds one image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

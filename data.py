@@ -51,7 +51,9 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
-    if sample.response:  # one string, as in the released code; a token that spans the border counts as prompt
+    if sample.response:
+        # Prompt and response are tokenized as one string, as in the released code. A token that holds the end
+        # of the prompt and the beginning of the response belongs to the prompt, and is no target.
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -87,11 +89,12 @@ def fingerprint(examples: list[Example]) -> str:
 
 
 class Batch(NamedTuple):
-    """B samples. For training, all sequences lie end to end in one row, X' included; predict_at indexes it.
+    """B samples. `tokens` are words alone; LaVIN.embed inserts X', and then a sample is called a sequence.
 
-    For answering, LaVIN.prefill pads the same sequences into B rows.
+    For training, LaVIN.hidden joins all sequences into one row, end to end; `predict_at` are positions in
+    this row. For answering, LaVIN.prefill pads the sequences into B rows.
     """
-    tokens: torch.Tensor  # ids of heads and rests, sample after sample, without visual tokens
+    tokens: torch.Tensor  # ids of heads and rests, sample after sample
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
@@ -165,10 +168,11 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank, because the largest one
-    decides the peak memory.
+    decides the peak memory. All ranks get equally many micro-batches, as --shard needs; some may be empty.
     """
     shares = balanced_groups(chosen, lengths, ranks)
-    return [balanced_groups(share, lengths, math.ceil(len(share) / micro_batch)) for share in shares]
+    n = math.ceil(max(map(len, shares)) / micro_batch)
+    return [balanced_groups(share, lengths, n) for share in shares]
 
 
 def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
@@ -208,9 +212,11 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            examples = [self.examples[i] for i in indices]
+            examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
-            if self.dropout:
+            if not indices:  # a sample that only keeps this rank in step with the others: without targets
+                batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
+            elif self.dropout:
                 batch = batch._replace(**self.dropout.draw(examples, [[self.seed, step, i] for i in indices]))
             batches.append(batch)
         return batches, n_targets

@@ -77,7 +77,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # whatever cfg.adapter.kind: only so Table 2's count is 2.9M
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters also for kind "rep": Table 2's 2.9M includes them
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -106,9 +106,10 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens())
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of every sample that has an image, [.., n, C]. A chat keeps it in the batch.
+        """X' of every sample that has an image, [.., n, C].
 
         Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
+        In a chat, the batch already holds X': an image is not encoded again in every turn.
         Released code: the ViT also encodes a black image for each text sample. Here: only images that exist.
         """
         if batch.image_embeds is not None:
@@ -197,7 +198,7 @@ class LaVIN(nn.Module):
 
         Rows may differ in length and modality. A row's answer does not depend on the others: each step draws
         one random number, however many rows use it. ValueError if a prompt does not fit the context.
-        fast_decode(token, cache): replaces `decode` for a folded model, see speed/step.py.
+        fast_decode(token, cache): the same step as `decode`, but faster for one row; see speed/step.py.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -208,7 +209,9 @@ class LaVIN(nn.Module):
         max_new_tokens, random = min(max_new_tokens, context - longest), torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
-        for _ in range(max_new_tokens):  # step s draws R_s, [B], from p(R_s | Z, R_{0:s-1}) = softmax(logits)
+        for _ in range(max_new_tokens):
+            # softmax(logits) is the factor p(R_s | Z, R_{0:s-1}). `pick` makes it sharper (temperature), cuts
+            # off its tail (top_p), and draws R_s [B] from it.
             R_s = pick(logits, temperature, top_p, random)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1})
             ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
@@ -230,10 +233,10 @@ class LaVIN(nn.Module):
 
 
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """loss(hidden, W, targets), a sum over rows, but only LOSS_ROWS rows of logits exist at once.
+    """loss(hidden, W, targets), a sum over rows. To save memory, it makes LOSS_ROWS rows of logits at a time.
 
-    The gradient with respect to `hidden` is computed here as well, chunk by chunk. To recompute the logits in
-    the backward pass would be simpler, but it costs one more product with W.
+    The gradient with respect to `hidden` is computed here as well, chunk by chunk, while the logits exist. To
+    recompute them in the backward pass would be simpler, but it costs one more product with W.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
@@ -241,8 +244,8 @@ def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor
             part = loss(rows.requires_grad_(), W, its_targets)
         gradients += torch.autograd.grad(part, rows)
         total += part.detach()
-    zero = hidden - hidden.detach()  # its value is 0, its derivative with respect to hidden is 1
-    return total + (torch.cat(gradients) * zero).sum()  # so the value is total, the derivative `gradients`
+    zero = hidden - hidden.detach()  # zeros, with derivative 1 with respect to hidden
+    return total + (torch.cat(gradients) * zero).sum()  # value: total; derivative: the gradients from above
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:

@@ -12,7 +12,8 @@ which keys a query may see: each hands its own function `attend(layer, q, k, v)`
 What one block keeps of a token for the backward pass: the block's input, q, k, v, the attention's output,
 the sum after the attention, the outputs of w1 and w3, and the log of each head's softmax denominator, from
 which fused attention recomputes its softmax. Frozen projections keep nothing, because their weights need no
-gradient. Norms, adapters and w2's input are recomputed. The ViT's blocks do the same.
+gradient. Norms, adapters and w2's input are recomputed. The ViT's blocks do the same, with c_fc's output
+instead of w1's and w3's.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.
@@ -69,13 +70,16 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # LLaMA-1, -2: freq as it is
+    if cfg.rope_scaling:  # LLaMA-3.1 and later
+        freq = slowed(freq, cfg.rope_scaling)
+    angle = positions[..., None, None].float() * freq
     return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """x [B, T, H, D]: rotate each pair (2i, 2i+1) by the angle of its position."""
-    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope  # [B, T, H, D/2], [.., T, 1, D/2]
+    cos, sin = rope  # [.., T, 1, D/2] each
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, D/2] each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
@@ -108,11 +112,10 @@ class KVCache:
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, G, D] at positions [B or 1, T]; return all keys and values, [B, filled, G, D]."""
-        keys, values = self.k[layer], self.v[layer]  # [B, G, S, D]
-        # a slice stands between the two index tensors, so torch puts their axes [B, T] first: [B, T, G, D]
-        keys[self.rows, :, positions] = k
-        values[self.rows, :, positions] = v
-        return tuple(x[:, :, :self.filled].transpose(1, 2) for x in (keys, values))
+        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
+        keys[self.rows, positions] = k
+        values[self.rows, positions] = v
+        return keys[:, :self.filled], values[:, :self.filled]
 
 
 class Attention(nn.Module):
@@ -160,9 +163,19 @@ class Block(nn.Module):
         return z if self.adapter_attn is None else self.adapter_attn(z, w, dropout_mask)
 
     def forward(self, x, rope, attend, w=None, dropout_mask=None):
-        """x [B, T, C]; w: routing weights of this layer; w and dropout_mask are None without an adapter"""
+        """x [B, T, C]; w: this layer's routing weights; w and dropout_mask may be None"""
         x = x + self.attention(recompute(self.adapted, x, w, dropout_mask), rope, attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
+
+    def alone(self, t):
+        """`forward` for tokens t [M, C] that see only themselves; q, k and rotation do not matter to them.
+
+        Returns their new states [M, C], and what the router read from the old ones, w [M, 2].
+        """
+        z = self.attention_norm(t)
+        w = self.adapter_attn.route(z)
+        t = t + self.attention.alone(self.adapter_attn(z, w))
+        return t + self.feed_forward(self.ffn_norm(t)), w
 
 
 class LLaMA(nn.Module):
@@ -227,19 +240,15 @@ class LLaMA(nn.Module):
     def route(self, t: torch.Tensor) -> torch.Tensor:
         """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state.
 
-        The loop is Block.forward for tokens that see only themselves; there q, k and rotation do not matter.
         Released code: with dropout. Here: without, so that w does not vary.
         """
         routing_weights = []
         for block in self.layers:
-            z = block.attention_norm(t)
-            w = block.adapter_attn.route(z)  # [M, 2]
+            t, w = block.alone(t)
             routing_weights.append(w)
-            t = t + block.attention.alone(block.adapter_attn(z, w))
-            t = t + block.feed_forward(block.ffn_norm(t))
         return torch.stack(routing_weights)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, store=None) -> "LLaMA":
-        """Read a folder of official weights; ValueError or FileNotFoundError if something is wrong."""
+        """Read official weights; ValueError or FileNotFoundError if they are bad. store: see weights.load"""
         return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, store)

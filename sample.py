@@ -7,7 +7,8 @@
     python sample.py --routing                                         how each layer weighs its two adapters
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
-image and writes the prompt in the format of the training, after the earlier prompts and answers.
+image and the earlier turns. It writes the prompt in the format of the training, which the adapter file names:
+ScienceQA's, or "Instruction: ..\nResponse:" after training on instructions alone.
 """
 import sys
 import time
@@ -22,7 +23,7 @@ from official.images import open_image
 from official.tokenizer import Tokenizer
 from speed import nf4
 from speed.machine import Meter
-from speed.step import FastStep, fold
+from speed.step import FastStep, folded_step
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -30,7 +31,7 @@ DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 @dataclass
 class Config:
     """Ask LaVIN one question, or chat. Without arguments: a demo question about a demo image."""
-    prompt: str = ""  # the question; options may follow it as "(A) red (B) blue"
+    prompt: str | None = None  # the question; options may follow it as "(A) red (B) blue"
     image: str = ""  # image file; without it the input is text alone
     context: str = ""  # hint that goes with the question
     chat: bool = False  # several turns: history and image are kept
@@ -53,7 +54,7 @@ def answer(conversation: Conversation, fast_decode: FastStep | None, prompt: str
     """Print the answer to one prompt as it is generated, and keep it as a turn."""
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
-    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # one row: image, earlier turns, prompt
+    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # one row: image, turns that fit, prompt
     ids = []  # of the answer
     meter = Meter(model, batch.lengths[0])
     sampling = cfg.temperature, cfg.top_p, cfg.seed
@@ -79,7 +80,7 @@ def chat(conversation: Conversation, fast_decode: FastStep | None, cfg: Config) 
     """Read turns from stdin until it ends. After an error in a turn, the chat goes on."""
     print("Ask a question. /image PATH shows an image, /reset forgets the turns. Ctrl-C stops an answer, "
           "Ctrl-D or an empty line ends the chat.", file=sys.stderr)
-    line = cfg.prompt.strip()
+    line = cfg.prompt or ""
     while True:
         if not line:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -103,12 +104,11 @@ def chat(conversation: Conversation, fast_decode: FastStep | None, cfg: Config) 
 
 def main() -> None:
     cfg = cli.parse(Config)
-    prompt_given = any(word.startswith("--prompt") for word in sys.argv)  # --prompt "" is an error, no demo
-    if not (prompt_given or cfg.image or cfg.chat or cfg.routing):
+    if not (cfg.prompt or cfg.image or cfg.chat or cfg.routing):
         cfg.image, cfg.prompt = DEMO
         print(f"{cfg.image}: {cfg.prompt}", file=sys.stderr)
-    if not (cfg.chat or cfg.routing or cfg.prompt.strip()):
-        raise ValueError('the prompt is empty; give --prompt "your question"')
+    if not (cfg.chat or cfg.routing or cfg.prompt):
+        raise ValueError('no question; give --prompt "your question"')
     if cfg.image:
         open_image(cfg.image)  # report a bad image before the weights are read
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
@@ -121,7 +121,7 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    fast_decode = fold(model, *modalities)  # the same result as LaVIN.decode for one row, in less time
+    fast_decode = folded_step(model, *modalities)  # folds the adapters; a step equal to LaVIN.decode
     if cfg.compile:
         from speed.compiling import compile_step
         started, fast_decode = time.time(), compile_step(model)

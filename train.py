@@ -27,13 +27,13 @@ import weights
 from adapters import AdapterConfig, trainable
 from clip import MEAN_STD, VisionTransformer
 from evaluation import chart
-from evaluation.log import Log, check_losses
+from evaluation.log import Log, stop_if_not_finite
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
-from official.adapter_files import fill, read_checkpoint, restore, write_checkpoint
-from official.saving import claim
+from official.adapter_files import load_checkpoint, write_checkpoint
+from official.saving import lock_folder
 from official.tokenizer import Tokenizer
-from speed import nf4, price
+from speed import nf4, price, shard
 
 SMALL_WORLD = "tiny/data"
 
@@ -73,10 +73,11 @@ class Config:
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
-    checkpoint: bool = False  # activation checkpointing: less memory, 1.4 x the work
+    checkpoint: bool = False  # activation checkpointing: recompute blocks to save memory; 1.4 x the work
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
+    shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); no split is answered then
     workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
     log_every: int = 10  # [1, inf) steps between log lines
     save_every: int = 100  # [1, inf) steps between checkpoints
@@ -108,22 +109,11 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
               "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
 
 
-def load_checkpoint(path: Path, model: LaVIN, optimizer, must_match: dict) -> int:
-    """Restore adapters and optimizer, return the number of steps done. ValueError if it is another run's."""
-    state = read_checkpoint(path)
-    before = {"bits": 16} | state["run"]  # older checkpoints do not say how many
-    for name, value in must_match.items():
-        if before.get(name) != value:
-            raise ValueError(f"{path}: --resume continues a run with {name} {before.get(name)}, not {value}")
-    fill(trainable(model), state["adapters"], path)
-    restore(optimizer, state["optimizer"], path)
-    return state["step"]
-
-
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
-    llama = LLaMA.from_pretrained(cfg.llama, device, dtype, nf4.storage(cfg.bits))
+    store = shard.storage(device.type, cfg.bits) if cfg.shard else nf4.storage(cfg.bits)
+    llama = LLaMA.from_pretrained(cfg.llama, device, dtype, store)
     llama.recompute_blocks = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
     tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
@@ -136,7 +126,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 
 
 def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, list]:
-    """Model, tokenizer, training examples, problems to answer. A source is one data set of --data."""
+    """Model, tokenizer, training examples, and ScienceQA's problems to answer. A source: one data set."""
     datasets = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision))
                 for source in prompts.mixture(cfg.data)]
     tested = next((source for source, _ in datasets if source.kind == "scienceqa" and cfg.split), None)
@@ -156,7 +146,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
     is_main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
-    out = claim(cfg.out, "train.lock") if is_main else Path(cfg.out)
+    out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
     image_size = model.vit.cfg.image_size if model.vit else 0
     dataset = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed, image_size,
@@ -178,10 +168,10 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     optimizer = optimizer_for(theta_a, cfg)
     must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {  # the same flags, tokens and base
         "data": data.fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
-    first = load_checkpoint(out / "checkpoint.pt", model, optimizer, must_match) if cfg.resume else 0
+    first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, must_match) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = data.prefetch(dataset, range(first, stop), workers, pin_memory=device.type == "cuda")
-    log = Log(out / "log.jsonl", stop, first) if is_main else None  # keeps losses, prints a line now and then
+    log = Log(out / "log.jsonl", stop, first) if is_main else None  # losses stay on the GPU until log.flush
 
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
         buffer.zero_()
@@ -205,8 +195,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             log.step(torch.stack([loss_sum, squared_norm]), tokens)
         to_save = done % cfg.save_every == 0 or done == stop
         if is_main and (to_save or done % cfg.log_every == 0):
-            losses = log.flush(done, optimizer.param_groups[0]["lr"], device)
-            check_losses(losses, done, dataset)
+            losses = log.flush(done, optimizer.param_groups[0]["lr"], device)  # prints a line
+            stop_if_not_finite(losses, done, dataset)
         if is_main and to_save:
             write_checkpoint(out / "checkpoint.pt", {
                 "step": done, "run": must_match, "optimizer": optimizer.state_dict(),
@@ -215,7 +205,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))
         say(f"wrote {out / 'adapters.safetensors'} and {chart.curve(out / 'log.jsonl')}")
-    if tests:  # each rank answers its share
+    if tests and not cfg.shard:  # each rank answers its share; a sharded model would need all ranks at once
         from evaluation import answering
         answering.answer_split(model, tokenizer, tests, out, cfg.max_new_tokens)
 

@@ -15,7 +15,7 @@ import lavin
 import llama
 import train
 from adapters import MMAdapter, freeze_base, trainable
-from data import Example, Sample, collate, encode
+from data import Sample, collate, encode
 from lavin import IMAGE, LaVIN, Neck
 from official.tokenizer import Tokenizer
 from tests import naive
@@ -49,7 +49,7 @@ tokenizer, n_cls, weights = Tokenizer("tiny/llama"), model.vit.n_cls, naive.para
 prompt = "Question: What color is the circle?\nContext: N/A\nOptions: (A) green (B) blue (C) red\nResponse:"
 RED = "On the left is a big red circle, on the right a small blue square. The circle is red. The answer is C."
 
-def example(response: str, image: str | None = "tiny/demo.png") -> Example:  # token ids of head and rest
+def example(response: str, image: str | None = "tiny/demo.png"):  # token ids of head and rest
     return encode(Sample(id="", prompt=prompt, response=response, image=image, problem={}), tokenizer, n_cls)
 
 asked, right, wrong, text = example(""), example(RED), example("The answer is B."), example("", image=None)
@@ -64,7 +64,8 @@ equation(1, "the modality token", LaVIN.modality_tokens)
 check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], naive_asked.Z[0]]))
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
-equation(2, "the MM-Adapter. phi_d: to 8 hidden units, phi_u1: back. Z: normalised words", MMAdapter.forward)
+equation(2, "the MM-Adapter", MMAdapter.forward)
+print("Here Z is the prompt's words, normalised in layer 0. It is routed with the weights for an image.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -87,17 +88,17 @@ w_vit, tau = [], model.cfg.adapter.tau  # w_vit: of each block, [image, 1, (w_0,
 for block in model.vit.transformer.resblocks:  # f_w returns [cls] W_m + b_m; the hook keeps the softmax
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, out: w_vit.append((out / tau).softmax(-1)))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT: the demo, the demo with red and blue exchanged. At block 0, [cls] has seen no patch.",
+print("w_0 in the ViT. Left: the demo; right: red and blue exchanged. In block 0, [cls] has seen no patch.",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "what trains. This phi is the frozen LLM, not part of an adapter", freeze_base, train.train)
-print("Does the gradient pass through both frozen models? x is added to phi_d.bias of the ViT's\n"
-      "first adapter. L is the loss of the wrong response 'The answer is B.'")
+equation(4, "what trains. f_phi is the frozen LLM; phi_d and phi_u are not meant", freeze_base, train.train)
+print("The gradient passes through both frozen models: add a number x to every entry of phi_d.bias in the\n"
+      "ViT's first adapter, and take dL/dx. L is the loss of the response 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
-has_gradient = {n for n, x in model.named_parameters() if x.grad is not None}
-assert has_gradient == trainable(model).keys(), "a frozen parameter trains"
+got = {n for n, x in model.named_parameters() if x.grad is not None}
+assert got == trainable(model).keys(), "a frozen parameter trains"
 name = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # its gradient passes through both models
 L = lambda x: -naive.run(weights | {name: weights[name] + x}, model, wrong, picture).log_p.sum()
 check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, finite diff.")
@@ -110,7 +111,7 @@ print("One adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name,
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, "the loss, of the right response and of a wrong one", lavin.negative_log_likelihood)
+equation(5, f"the loss\nright: {RED}\nwrong: The answer is B.", lavin.negative_log_likelihood)
 here = model(right_batch), model(wrong_batch)
 check("L", "response", here, [-naive_right.log_p.sum(), -naive_wrong.log_p.sum()])
 
@@ -119,7 +120,7 @@ equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in rele
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_cls])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input of LLaMA", LaVIN.embed)
+equation(7, "LLaMA's input. X' follows 'Image: ', as in the released code; t_m runs on its own", LaVIN.embed)
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 for e, head in ((asked, tokenizer.decode(asked.head)), (text, tokenizer.decode(text.head))):
     print(f"{1 + e.length} tokens: t_m, [BOS] {head!r}, X' x {e.n_visual}, then {len(e.rest)} of the prompt")
@@ -143,8 +144,7 @@ names = ["[BOS]"] + [repr(tokenizer.decode([id]) or " ") for id in right.head[1:
 names = names[:len(right.head)] + [f"X'_{i + 1}" for i in range(n_cls)] + names[len(right.head):]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
-print('\nThe token before "red" looks at (last layer, mean of the heads, if above 0.01):',
+print("\nWhere does 'big', which precedes 'red', find the color? Its attention in the last layer, from 0.01:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges the adapters into wq, wk and wv. The logits of the first token stay the same:")
-unfolded = model.prefill(batch, 1)[0]
-check("not folded", "B V", unfolded, model.fold(IMAGE).prefill(batch, 1)[0], "folded")
+check("not folded", "B V", model.prefill(batch, 1)[0], model.fold(IMAGE).prefill(batch, 1)[0], "folded")

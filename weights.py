@@ -65,9 +65,10 @@ def sketch(p: torch.Tensor) -> bytes:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the sketches of all frozen tensors. A matrix in 4 bits has the sketch of its original."""
-    sketches = {name: sketch(p) for name, p in model.named_parameters() if "adapter_" not in name}
-    sketches |= {f"{name}.weight": m.sketch for name, m in model.named_modules() if hasattr(m, "sketch")}
+    """A hash of the sketches of all frozen tensors. A matrix in 4 bits, or sharded, has its original's."""
+    sketches = {f"{name}.weight": m.sketch for name, m in model.named_modules() if hasattr(m, "sketch")}
+    sketches |= {name: sketch(p) for name, p in model.named_parameters()
+                 if "adapter_" not in name and name not in sketches}
     text = b"".join(name.encode() + sketches[name] for name in sorted(sketches))
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -88,8 +89,8 @@ def load(model: Callable, config: Callable, read: Callable, path: str | Path, de
          store: Callable | None = None) -> nn.Module:
     """Build model(config(**sizes)) from what read(path) returns, on `device`, as `dtype`.
 
-    Only one tensor is read at a time. store(model, name of its module) may then replace the module, which
-    frees the tensor. ValueError if a shape differs or a value is not finite.
+    Only one tensor is read at a time. Then store(model, name of its module) may keep it in another form, such
+    as 4 bits. ValueError if a shape differs or a value is not finite.
     """
     sizes, tensors = read(path)
     with torch.device("meta"):  # names and shapes, no memory

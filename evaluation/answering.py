@@ -24,11 +24,12 @@ import prompts
 import weights
 from evaluation import scores
 from evaluation.log import clock
-from official.saving import append, claim, named, write_atomically
+from official.records import read_text
+from official.saving import append, lock_folder, named, write_atomically
 from official.tokenizer import Tokenizer
 from prompts import Sample
 from speed import nf4
-from speed.step import fold
+from speed.step import folded_step
 
 
 def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, temperature: float = 0.0,
@@ -41,7 +42,7 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
     """
     if not samples:
         return {}
-    fast_decode = fold(model, *sorted({int(s.image is not None) for s in samples}))
+    fast_decode = folded_step(model, *sorted({int(s.image is not None) for s in samples}))
     n_cls, image_size = (model.vit.n_cls, model.vit.cfg.image_size) if model.vit else (0, 0)
     questions = [data.encode(dataclasses.replace(s, response=""), tokenizer, n_cls) for s in samples]
     longest = max(e.length for e in questions) + max_new_tokens
@@ -118,7 +119,7 @@ def log_likelihoods(model, tokenizer, sample: Sample, answers: list[str]) -> dic
 
 def weigh(model, tokenizer, samples: list[Sample], write: Callable[[dict], None]) -> None:
     """Call write({id: {answer: log p}}) for each question of TruthfulQA."""
-    fold(model, lavin.TEXT)
+    folded_step(model, lavin.TEXT)
     rank, _ = cli.processes()
     started = time.time()
     for k, s in enumerate(samples, start=1):
@@ -158,7 +159,7 @@ def resume(path: Path, run: dict) -> dict:
 
     The last line may be incomplete. It is ignored.
     """
-    text = prompts.read_text(path, "predictions") if path.is_file() else ""
+    text = read_text(path, "predictions") if path.is_file() else ""
     if "\n" not in text and '{"run": '.startswith(text[:8]):  # stopped within the first line, or no file
         return {}
     head, *rows = text.split("\n")
@@ -229,7 +230,7 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
     run = {**run, "adapters": hashlib.sha256(Path(cfg.adapters).read_bytes()).hexdigest()[:16],
            "questions": fingerprint(samples), "dtype": str(dtype).removeprefix("torch."), "bits": cfg.bits}
     if out and rank == 0:
-        claim(Path(out).parent, f"{Path(out).name}.lock")
+        lock_folder(Path(out).parent, f"{Path(out).name}.lock")
     barrier()  # no process reads `out` before it is known that no other run writes to it
     done = resume(Path(out), run) if out else {}
     left = [s for s in samples if s.id not in done]

@@ -18,10 +18,12 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 import cli
 import clip
 import llama
+from adapters import MMAdapter
 from lavin import LaVIN, LaVINConfig
 from official.saving import write_atomically
 
 WIDTH, HEIGHT, SCALE = 1200, 940, 2
+LABELS = {"f_w": "W_m, b_m"}  # what the module f_w holds
 INK, LINE, WHITE, PALE, EQUATION = (36, 40, 48), (120, 128, 142), (255,) * 3, (249, 250, 253), (160, 40, 80)
 # fill and outline of a box
 FROZEN, TRAINED, OTHER = ((226, 235, 248), (96, 130, 190)), ((255, 230, 197), (222, 132, 30)), (WHITE, LINE)
@@ -64,7 +66,11 @@ class Figure:
         return sum(p.numel() for p in self.parameters(path) if trained in (None, p.requires_grad))
 
     def shapes(self, path: str) -> str:
-        return " + ".join(str(list(p.shape)) for p in self.parameters(path))
+        shapes = [list(p.shape) for p in self.parameters(path)]
+        if isinstance(self.model.get_submodule(path.rpartition(".")[0]), MMAdapter) and "phi_u" in path:
+            d, r = shapes[0]  # GroupedLinear: two matrices
+            return f"2 x {[d // 2, r]} + {shapes[1]}"
+        return " + ".join(map(str, shapes))
 
     def colors(self, path: str) -> tuple:
         """By requires_grad; OTHER if there is no parameter."""
@@ -121,10 +127,11 @@ class Figure:
     def chain(self, x, y, path: str, *names: str, gap=24) -> float:
         """Arrows to boxes, to the right from (x, y): modules of `path`, and operations; return the last x."""
         for name in names:
-            width = max(28, 20 + self.draw.textlength(name, ImageFont.load_default(15)))
+            label = LABELS.get(name, name)
+            width = max(28, 20 + self.draw.textlength(label, ImageFont.load_default(15)))
             colors = self.colors(f"{path}.{name}")
             self.arrow((x, y), (x + gap, y))
-            self.box(x + gap, y - 14, width, 28, name, colors=colors, radius=14 if colors == OTHER else 6)
+            self.box(x + gap, y - 14, width, 28, label, colors=colors, radius=14 if colors == OTHER else 6)
             x += gap + width
         return x
 
@@ -214,9 +221,9 @@ def draw_adapter(fig: Figure) -> None:
     fig.text(x + 34, y, "z'")
     y = 430
     fig.row(y, "LLaMA: t_m, ViT: [cls]", "Eq. (3)")
-    x = fig.chain(478, y, adapter, "f_w", "/ tau", "softmax")
-    fig.arrow((x, y), (x + 24, y))
-    fig.text(x + 30, y, "w_0, w_1", "lm")
+    x = fig.chain(478, y, adapter, "f_w", "/ tau", "softmax", gap=16)
+    fig.arrow((x, y), (x + 16, y))
+    fig.text(x + 22, y, "w_0, w_1", "lm")
     columns = (LLAMA, "LLaMA", 430, 650), (VIT, "ViT", 676, 870)
     for blocks, title, left, right in columns:
         fig.text(left, 490, title, "lm", bold=True)
@@ -224,7 +231,7 @@ def draw_adapter(fig: Figure) -> None:
     fig.text(330, 626, "sum", "lm", bold=True)
     for i, (name, _) in enumerate(fig.model.get_submodule(adapter).named_children()):
         y = 515 + 25 * i
-        fig.text(330, y, name, "lm", bold=True)
+        fig.text(330, y, LABELS.get(name, name), "lm", bold=True)
         for blocks, _, left, right in columns:
             path = f"{blocks}.0.adapter_attn.{name}"
             fig.text(left, y, fig.shapes(path), "lm")

@@ -5,7 +5,8 @@ prompts.py reads the data sets that train.
 import os
 from pathlib import Path
 
-from prompts import Sample, field, instruct, read_lines, read_records
+from official.records import field, read_lines, read_records
+from prompts import Sample, instruct
 
 
 def read_mme(folder: str | Path, tasks: list[str]) -> list[Sample]:

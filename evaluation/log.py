@@ -58,7 +58,7 @@ class Log:
         return losses
 
 
-def check_losses(losses: torch.Tensor, last: int, dataset: Steps) -> None:
+def stop_if_not_finite(losses: torch.Tensor, last: int, dataset: Steps) -> None:
     """Stop if one of these losses, of the steps up to `last`, is NaN or infinite; name its samples."""
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:

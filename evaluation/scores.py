@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import prompts
+from official import records
 from official.saving import write_atomically
 from prompts import LETTERS, Sample
 
@@ -25,18 +26,18 @@ def read_predictions(path: str | Path) -> dict[str, object]:
     """{id: prediction}, from a .json of that form, evaluate.py's .jsonl or COCO's [{image_id, caption}]."""
     path, what = Path(path), "predictions {id: prediction}"
     if path.suffix == ".jsonl":
-        rows = prompts.read_records(path, what)
+        rows = records.read_records(path, what)
         if isinstance(rows[0][1], dict) and "run" in rows[0][1]:  # the flags that evaluate.py ran with
             del rows[0]
-        return {prompts.field(where, row, "id"): prompts.field(where, row, "prediction", str | int | dict)
+        return {records.field(where, row, "id"): records.field(where, row, "prediction", str | int | dict)
                 for where, row in rows}
-    content = prompts.read_json(path, what, list | dict)
+    content = records.read_json(path, what, list | dict)
     if isinstance(content, dict):
         return content
     captions = {}
     for i, row in enumerate(content):
-        text = prompts.field(f"{path}: record {i}", row, "caption")
-        captions[str(prompts.field(f"{path}: record {i}", row, "image_id", str | int))] = text
+        text = records.field(f"{path}: record {i}", row, "caption")
+        captions[str(records.field(f"{path}: record {i}", row, "image_id", str | int))] = text
     return captions
 
 
@@ -151,13 +152,13 @@ TABLE_4 = {  # the paper's rows: BLEU-4, CIDEr
 
 def read_references(path: str | Path, ids) -> dict[str, list[str]]:
     """{picture id: captions} of dataset_coco.json's test split, or of these ids in COCO's captions_*.json."""
-    content = prompts.read_json(Path(path), "dataset_coco.json, or COCO's captions_val2014.json")
+    content = records.read_json(Path(path), "dataset_coco.json, or COCO's captions_val2014.json")
     if not isinstance(content, dict) or "annotations" not in content:
         return {s.id: s.problem["captions"] for s in prompts.read_coco(path, split="test")}
     captions = {}
-    for i, r in enumerate(prompts.field(path, content, "annotations", list)):
+    for i, r in enumerate(records.field(path, content, "annotations", list)):
         where = f"{path}: annotation {i}"
-        text, id = prompts.field(where, r, "caption"), str(prompts.field(where, r, "image_id", str | int))
+        text, id = records.field(where, r, "caption"), str(records.field(where, r, "image_id", str | int))
         if id in ids:
             captions.setdefault(id, []).append(text)
     return captions
@@ -247,7 +248,7 @@ def mme_task(file: Path) -> dict:
     accuracy is the share of right replies. accuracy+ is the share of pictures with two right replies.
     """
     pictures, replies, unreadable = {}, 0, 0
-    for n, line in enumerate(prompts.read_lines(file, "MME results"), start=1):
+    for n, line in enumerate(records.read_lines(file, "MME results"), start=1):
         if not line.strip():
             continue
         cells = line.split("\t", 3)

@@ -98,6 +98,21 @@ def read_checkpoint(path: Path) -> dict:
     return state
 
 
+def load_checkpoint(path: Path, params: dict, optimizer: torch.optim.Optimizer, must_match: dict) -> int:
+    """Restore `params` and the optimizer; return the number of steps done. ValueError if it is another run's.
+
+    must_match: what the run that wrote the file must have in common with this one
+    """
+    state = read_checkpoint(path)
+    for name, value in must_match.items():
+        if state["run"].get(name) != value:
+            before = state["run"].get(name)
+            raise BadFile(f"{path}: --resume continues a run with {name} {before}, not {value}")
+    fill(params, state["adapters"], path)
+    restore(optimizer, state["optimizer"], path)
+    return state["step"]
+
+
 def restore(optimizer: torch.optim.Optimizer, state: dict, path: Path) -> None:
     """Give AdamW the moments in `state`, its state_dict() in a checkpoint; ValueError if they do not fit.
 

@@ -54,7 +54,7 @@ def append(file: BinaryIO, text: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def claim(out: str | Path, name: str) -> Path:
+def lock_folder(out: str | Path, name: str) -> Path:
     """Make the folder `out` and lock the file `name` in it until this process ends; return the folder.
 
     ValueError if another process holds the lock. The file stays behind, but the lock does not. It is a POSIX

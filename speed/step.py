@@ -142,7 +142,7 @@ class FastStep:
                          self.rope[:cache.filled], cache.k, cache.v)
 
 
-def fold(model: LaVIN, *modalities: int) -> FastStep | None:
+def folded_step(model: LaVIN, *modalities: int) -> FastStep | None:
     """Fold the adapters, unless that was done, and return the fast step.
 
     None if LLaMA's matrices are in 4 bits. They cannot take in an adapter, so LaVIN.decode takes each step.

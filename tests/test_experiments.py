@@ -160,13 +160,12 @@ def test_a_finished_run_is_not_repeated(options, capsys):
     run = Run(world="balanced", order="text first")
     first, = runs.run_all({"a": run}, options, range(1))["a"]
     assert "1 runs, 1 of them to make" in capsys.readouterr().err
-    zero, one = runs.run_all({"a": run}, options, range(2))["a"]
-    assert "2 runs, 1 of them to make" in capsys.readouterr().err
-    assert zero == first and zero["trace"] != one["trace"]
+    both = runs.run_all({"a": run, "b": run._replace(flags={"tau": 5.0})}, options, range(2))
+    assert "4 runs, 3 of them to make" in capsys.readouterr().err
+    zero, one = both["a"]
+    assert zero == first and zero["trace"] != one["trace"] and zero["trace"] != both["b"][0]["trace"]
     assert [row["step"] for row in first["trace"]] == [1, 2] and len(first["halfway"]) == 1
     assert all(0 <= x <= 100 for x in first["accuracy"]["learned"].values())
-    runs.run_all({"a": run, "b": run._replace(flags={"tau": 5.0})}, options, range(1))
-    assert "2 runs, 1 of them to make" in capsys.readouterr().err
 
 
 def test_paired_differences():

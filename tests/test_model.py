@@ -1,5 +1,6 @@
 """Properties of the model for any weights: counts, identity at initialisation, caching, independent rows."""
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -339,7 +340,7 @@ def test_the_compiled_step_equals_decode():
 
     The model has grouped queries and tied embeddings, of which torch.export keeps one name.
     """
-    lavin = make_lavin(base=GROUPED, tied=True)
+    lavin = make_lavin(base=replace(GROUPED, n_layers=2), tied=True)
     compiled = compiling.compile_step(lavin.fold(0, 1))
     for row, modality in ((PROMPTS[0], 1), (PROMPTS[1], 0), (PROMPTS[2], 1)):
         batch = make_batch([row])

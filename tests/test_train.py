@@ -53,15 +53,14 @@ def same_bits(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path, monkeypatch, dropout):
+def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path, monkeypatch):
     """Splits differ only by rounding. The released loss is a mean of micro-batch means and depends on them.
 
     The test uses the paper's learning rate. Adam divides each gradient by its own magnitude. A router's
     gradient is nearly zero while its two experts are alike, so there rounding can change a step by up to a
     hundredth.
     """
-    start = dict(steps=5, epochs=20, warmup=3, lr=9e-3, dropout=dropout)
+    start = dict(steps=5, epochs=20, warmup=3, lr=9e-3, dropout=0.1)
     for name, micro in (("one", 8), ("two", 4), ("many", 3)):
         run(monkeypatch, flags(small_world, tmp_path / name, micro_batch=micro, **start))
     command = [*TWO_PROCESSES, "train.py", *flags(small_world, tmp_path / "ranks", micro_batch=4, **start)]

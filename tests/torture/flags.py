@@ -32,7 +32,7 @@ def values(f: dataclasses.Field, comment: str) -> list[str]:
     """At, below and beyond the range of a flag, and what is no value for it."""
     if isinstance(f.default, bool):
         return ["", "1", "no"]
-    if isinstance(f.default, str):
+    if isinstance(f.default, str | None):
         return list(WORDS)
     found, low, high = cli.RANGE.match(comment), "0", "inf"
     if found:
@@ -64,7 +64,8 @@ def outcome(main, argv: list[str], folder: Path) -> tuple[int | str, str]:
 
 def wrong(main, config: type, base: list[str], f: dataclasses.Field, text: str, folder: Path) -> str:
     """What is wrong with how a command takes a flag, or "". """
-    comment, flag, kind = comment_of(config, f), f"--{f.name}", type(f.default)
+    comment, flag = comment_of(config, f), f"--{f.name}"
+    kind = str if f.default is None else type(f.default)
     status, err = outcome(main, [*base, f"{flag}={text}"], folder)
     lines = [line for line in err.splitlines() if line.startswith("command.py: ")]
     told = lines[-1] if lines else ""

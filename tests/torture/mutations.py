@@ -31,7 +31,7 @@ from evaluation import answering, benchmarks, ending, scores
 from evaluation.log import Log
 from llama import PRESETS, LLaMA
 from official import llama_layouts
-from official.adapter_files import write_checkpoint
+from official.adapter_files import load_checkpoint, write_checkpoint
 from official.images import open_image
 from official.tokenizer import Tokenizer
 
@@ -273,7 +273,7 @@ def targets(folder: Path) -> dict[str, Target]:
     write_checkpoint(folder / "checkpoint.pt", checkpoint_of(model, optimizer, flags))
 
     def checkpoint():
-        train.load_checkpoint(folder / "checkpoint.pt", model, optimizer, flags)
+        load_checkpoint(folder / "checkpoint.pt", trainable(model), optimizer, flags)
         optimizer.step()
 
     add("checkpoint.pt", change_saved, checkpoint)
