@@ -24,8 +24,8 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: w_0 scales the gradients of phi_u1, w_1 those of phi_u2, and the two weights differ between
-text and images. So one moves more towards what text needs, the other towards what images need.
+not stay equal: w_0 scales the gradients of phi_u1, w_1 those of phi_u2, and as E_m and f_w start at random, w
+is not the same for text and images. One moves more towards what text needs, the other towards images.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -74,7 +74,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives, drawn in data.py, so that recomputing drops the same."""
+    """h [B, T, r]; mask: True where a unit survives. The backward pass recomputes h with the same mask."""
     return h if mask is None else h * mask / (1 - p)
 
 

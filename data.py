@@ -89,10 +89,10 @@ def fingerprint(examples: list[Example]) -> str:
 
 
 class Batch(NamedTuple):
-    """B samples. `tokens` are words alone; LaVIN.embed inserts X', and then a sample is called a sequence.
+    """B samples. `tokens` and `part_lengths` are without visual tokens, `lengths` and `predict_at` with them.
 
-    For training, LaVIN.hidden joins all sequences into one row, end to end; `predict_at` are positions in
-    this row. For answering, LaVIN.prefill pads the sequences into B rows.
+    For training, LaVIN.hidden joins all samples into one row, end to end; `predict_at` are positions in this
+    row. For answering, LaVIN.prefill pads them into B rows.
     """
     tokens: torch.Tensor  # ids of heads and rests, sample after sample
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`

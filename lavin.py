@@ -235,8 +235,8 @@ class LaVIN(nn.Module):
 def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """loss(hidden, W, targets), a sum over rows. To save memory, it makes LOSS_ROWS rows of logits at a time.
 
-    The gradient with respect to `hidden` is computed here as well, chunk by chunk, while the logits exist. To
-    recompute them in the backward pass would be simpler, but it costs one more product with W.
+    While the logits of a chunk exist, it also computes the gradient with respect to the chunk. A term that is
+    0 hands these gradients to autograd. (Recomputing the logits would cost one more product with W.)
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
@@ -244,8 +244,8 @@ def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor
             part = loss(rows.requires_grad_(), W, its_targets)
         gradients += torch.autograd.grad(part, rows)
         total += part.detach()
-    zero = hidden - hidden.detach()  # zeros, with derivative 1 with respect to hidden
-    return total + (torch.cat(gradients) * zero).sum()  # value: total; derivative: the gradients from above
+    zero = hidden - hidden.detach()  # its derivative with respect to hidden is 1
+    return total + (torch.cat(gradients) * zero).sum()
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:

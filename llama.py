@@ -12,7 +12,7 @@ which keys a query may see: each hands its own function `attend(layer, q, k, v)`
 What one block keeps of a token for the backward pass: the block's input, q, k, v, the attention's output,
 the sum after the attention, the outputs of w1 and w3, and the log of each head's softmax denominator, from
 which fused attention recomputes its softmax. Frozen projections keep nothing, because their weights need no
-gradient. Norms, adapters and w2's input are recomputed. The ViT's blocks do the same, with c_fc's output
+gradient. Norms, adapters and silu(w1 x) are recomputed. The ViT's blocks do the same, with c_fc's output
 instead of w1's and w3's.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
@@ -170,7 +170,7 @@ class Block(nn.Module):
     def alone(self, t):
         """`forward` for tokens t [M, C] that see only themselves; q, k and rotation do not matter to them.
 
-        Returns their new states [M, C], and what the router read from the old ones, w [M, 2].
+        Returns their new states [M, C], and the routing weights w [M, 2] that come from the old ones.
         """
         z = self.attention_norm(t)
         w = self.adapter_attn.route(z)

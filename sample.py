@@ -7,8 +7,8 @@
     python sample.py --routing                                         how each layer weighs its two adapters
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
-image and the earlier turns. It writes the prompt in the format of the training, which the adapter file names:
-ScienceQA's, or "Instruction: ..\nResponse:" after training on instructions alone.
+image and the earlier turns, and writes prompts as in training: in ScienceQA's format or, if the adapters were
+trained on instructions alone, as "Instruction: ..\nResponse:".
 """
 import sys
 import time
@@ -121,7 +121,7 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    fast_decode = folded_step(model, *modalities)  # folds the adapters; a step equal to LaVIN.decode
+    fast_decode = folded_step(model, *modalities)  # folds the model; None with --bits 4: use LaVIN.decode
     if cfg.compile:
         from speed.compiling import compile_step
         started, fast_decode = time.time(), compile_step(model)

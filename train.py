@@ -7,7 +7,7 @@
 Data parallelism is done by hand, without DistributedDataParallel. A global batch is split over the ranks, and
 on each rank into micro-batches, one per accumulation step. Each rank adds up the gradients of its samples,
 one all-reduce sums the few million adapter gradients over the ranks, and every rank takes the same optimizer
-step. Every split gives the same update, apart from rounding.
+step. However a batch is split, the update is the same, apart from rounding.
 
 The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl, and curve.png, a chart of the log.
 --resume goes on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
@@ -77,7 +77,7 @@ class Config:
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
-    shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); no split is answered then
+    shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); without a test afterwards
     workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
     log_every: int = 10  # [1, inf) steps between log lines
     save_every: int = 100  # [1, inf) steps between checkpoints
@@ -126,7 +126,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 
 
 def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, list]:
-    """Model, tokenizer, training examples, and ScienceQA's problems to answer. A source: one data set."""
+    """Model, tokenizer, training examples, test problems. A source is one of the data sets in --data."""
     datasets = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision))
                 for source in prompts.mixture(cfg.data)]
     tested = next((source for source, _ in datasets if source.kind == "scienceqa" and cfg.split), None)

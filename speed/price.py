@@ -162,13 +162,19 @@ def useful(lines: dict[str, float]) -> float:
 # ---------------------------------------------------------------------------------------------------
 # memory
 
-def frozen_bytes(model: LaVIN, dtype: torch.dtype, bits: int = 16) -> float:
-    """Bytes of the frozen weights. The model may be on the meta device; there, its matrices have 16 bits."""
+def frozen_bytes(model: LaVIN, dtype: torch.dtype, bits: int = 16, ranks: int = 1) -> float:
+    """Bytes of the frozen weights. The model may be on the meta device; there, its matrices have 16 bits.
+
+    ranks: above 1, LLaMA's blocks are spread over so many (--shard)
+    """
     c = model.llama.cfg
     others = sum(p.numel() for name, p in model.named_parameters()
                  if "adapter_" not in name and name.split(".")[-2] not in nf4.MATRICES)
     d_kv = c.dim * c.n_kv_heads // c.n_heads
-    matrices = c.n_layers * (2 * c.dim * (c.dim + d_kv) + 3 * c.dim * c.ffn_dim)
+    block = 2 * c.dim * (c.dim + d_kv) + 3 * c.dim * c.ffn_dim
+    matrices = c.n_layers * block / ranks
+    if ranks > 1:  # gathered are the block that runs and the one before it, which is not freed yet
+        matrices += 2 * block
     return dtype.itemsize * others + matrices * (nf4.BITS / 8 if bits == 4 else dtype.itemsize)
 
 
@@ -179,10 +185,10 @@ def decoded_bytes(model: LaVIN, dtype: torch.dtype, bits: int) -> int:
 
 
 def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = False,
-           bits: int = 16) -> dict[str, float]:
+           bits: int = 16, ranks: int = 1) -> dict[str, float]:
     """Bytes in use at the peak of one micro-batch, by line. The model may be on the meta device.
 
-    bits: 4 if LLaMA's matrices are in 4 bits (speed/nf4.py)
+    bits: 4 if LLaMA's matrices are in 4 bits (speed/nf4.py); ranks: as for frozen_bytes
     """
     c, e, T = model.llama.cfg, dtype.itemsize, load.tokens
     n_trained = sum(p.numel() for p in trainable(model).values())
@@ -204,7 +210,7 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
         backward = max(backward, decoded_bytes(model, dtype, bits) + gradients)
     backward += checkpoint * block
     lines = {
-        "frozen weights": frozen_bytes(model, dtype, bits),
+        "frozen weights": frozen_bytes(model, dtype, bits, ranks),
         "adapters": 4 * n_trained,
         "gradients": 4 * n_trained,
         "AdamW": 8 * n_trained,
@@ -299,7 +305,8 @@ def quote(cfg) -> str:
     problems, source = problems_of(cfg, model)
     load = Load.of(problems, len(problems) / cfg.micro_batch)
     longest = Kind(max(p.length for p in problems), 0, cfg.vision)
-    peak = memory(model, dtype, Load.of([longest] * cfg.micro_batch), cfg.checkpoint, cfg.bits)
+    ranks = 8 if cfg.shard else 1
+    peak = memory(model, dtype, Load.of([longest] * cfg.micro_batch), cfg.checkpoint, cfg.bits, ranks)
     answer = sum(answering(model, dtype, longest.length, cfg.bits).values())
     stored = str(dtype).removeprefix("torch.") + " and LLaMA's matrices in 4 bits" * (cfg.bits == 4)
     work = flops(model, load.times(cfg.epochs), cfg.checkpoint)
@@ -308,7 +315,8 @@ def quote(cfg) -> str:
     base = f"{cfg.llama} + {cfg.clip}" if cfg.vision else cfg.llama
     return "\n".join([
         f"{base}, recipe {cfg.recipe}: {n:,} parameters, of which {n_trained:,} train",
-        f"memory of one GPU, base in {stored}, micro-batch {cfg.micro_batch} x {longest.length} tokens",
+        f"memory of one GPU{' of 8' * cfg.shard}, base in {stored}, micro-batch {cfg.micro_batch} x "
+        f"{longest.length} tokens",
         *table({**peak, "peak": sum(peak.values())}, {"GB": 1e9, "MB": 1e6}),
         f"memory to answer, one row of {longest.length} tokens",
         *table({"to answer": answer}, {"GB": 1e9, "MB": 1e6}),

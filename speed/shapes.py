@@ -12,6 +12,8 @@ LLAMA3 = dict(n_kv_heads=8, vocab_size=128256, norm_eps=1e-5, rope_theta=5e5, ma
 SMOL = dict(vocab_size=49152, norm_eps=1e-5, max_seq_len=8192)
 
 LLAMAS = {**llama.PRESETS,
+    "30B": LLaMAConfig(6656, 60, 52, 17920),  # the paper of LLaMA calls it 33B
+    "65B": LLaMAConfig(8192, 80, 64, 22016),
     "SmolLM2-135M": LLaMAConfig(576, 30, 9, 1536, n_kv_heads=3, rope_theta=1e5, **SMOL),
     "SmolLM2-360M": LLaMAConfig(960, 32, 15, 2560, n_kv_heads=5, rope_theta=1e5, **SMOL),
     "SmolLM2-1.7B": LLaMAConfig(2048, 24, 32, 8192, rope_theta=1.3e5, **SMOL),

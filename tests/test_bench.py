@@ -261,7 +261,7 @@ def test_dry_run_knows_models_by_name_and_counts_tied_embeddings_once(run, tmp_p
     out, _ = run(train.main, *flags, "--llama", tmp_path)
     n = sum(p.numel() for p in model.parameters()) - model.output.weight.numel()
     assert f"{n + model.cfg.n_layers * 2_570 + 2 * 128:,} parameters" in out
-    with pytest.raises(SystemExit, match="neither a folder of weights nor one of 7B, 13B, tiny, Smol"):
+    with pytest.raises(SystemExit, match="neither a folder of weights nor one of 7B, 13B, tiny, 30B"):
         run(train.main, "--dry_run", "--llama", "Llama-9")
 
 

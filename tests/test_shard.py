@@ -1,5 +1,6 @@
 """--shard: two processes keep half of LLaMA's blocks each, and train the adapters as one process does."""
 import os
+import re
 import subprocess
 
 import pytest
@@ -44,6 +45,17 @@ def test_a_sharded_run_equals_a_whole_one(tmp_path, monkeypatch):
     assert whole.keys() == shards.keys()
     for name, x in whole.items():
         assert (x - shards[name]).abs().max() < (1e-5 if ".f_w." in name else 1e-6), name
+
+
+def test_its_price(capsys, monkeypatch):
+    """Each of 8 GPUs keeps an eighth of 13B's 40 blocks, and gathers two of them."""
+    peak = {}
+    for shard in [], ["--shard"]:
+        run_main(monkeypatch, train.main, "--dry_run", "--recipe", "paper", "--llama", "13B", "--clip",
+                 "ViT-L/14", *shard)
+        peak[bool(shard)] = float(re.search(r"frozen weights +([\d.]+) GB", capsys.readouterr().out)[1])
+    blocks = 40 * 2 * (4 * 5120 * 5120 + 3 * 5120 * 13824) / 1e9
+    assert peak[False] - peak[True] == pytest.approx(blocks * (1 - 1 / 8 - 2 / 40), abs=0.01)
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):

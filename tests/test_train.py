@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,9 +64,16 @@ def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path,
     start = dict(steps=5, epochs=20, warmup=3, lr=9e-3, dropout=0.1)
     for name, micro in (("one", 8), ("two", 4), ("many", 3)):
         run(monkeypatch, flags(small_world, tmp_path / name, micro_batch=micro, **start))
-    command = [*TWO_PROCESSES, "train.py", *flags(small_world, tmp_path / "ranks", micro_batch=4, **start)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    nodes = []
+    for node in "01":  # two launchers, as on two machines
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node,
+                   "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port, "train.py",
+                   *flags(small_world, tmp_path / "ranks", micro_batch=4, **start)]
+        nodes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    for node in nodes:
+        assert node.wait(300) == 0, node.stderr.read()
     one = adapters(tmp_path / "one")
     moved = max(x.abs().max().item() for n, x in one.items() if "phi_u" in n)
     assert moved > 1e-4, "nothing was learned, so nothing was compared"

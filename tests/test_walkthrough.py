@@ -89,5 +89,5 @@ def test_shows_every_equation_in_short_lines():
 
 @pytest.mark.parametrize("n", MISTAKES)
 def test_stops_at_a_mistake_in_an_equation(broken, n):
-    expected = "AssertionError: (.* differs from naive.py.* by|a frozen parameter trains)"
+    expected = "AssertionError: (.* differs from naive.py.* by|a frozen one trains)"
     assert re.match(expected, broken[n].strip().splitlines()[-1]), broken[n]
