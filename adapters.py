@@ -24,8 +24,8 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: w_0 scales the gradients of phi_u1, w_1 those of phi_u2, and as E_m and f_w start at random, w
-is not the same for text and images. One moves more towards what text needs, the other towards images.
+not stay equal: text moves phi_u1 and phi_u2 in the ratio w_0 : w_1 for text, images move them in that for
+images. E_m and f_w start at random, so the two ratios differ, and phi_u1 and phi_u2 drift apart.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -74,7 +74,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives. The backward pass recomputes h with the same mask."""
+    """h [B, T, r]; mask: True where a unit survives. It comes with the batch, so recomputing h reuses it."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -112,9 +112,9 @@ class MMAdapter(nn.Module):
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z'. w [B, 1, 2], a pair for each row.
+        """z [B, T, d] -> z'. w is [B, 1, 2], a pair for each row, or [1, T, 2], a pair for each token.
 
-        In LLaMA's training, the samples form a single row, so w has a pair for each token: [1, T, 2].
+        The latter when LLaMA trains: then all samples, with and without an image, form one long row.
         """
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
@@ -138,7 +138,7 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
     """The adapter merged into the projection W [out, d] that follows it: W' z + b' = W adapter(z, w), w [2].
 
     Insert phi_d(z) = A z + a and phi_u(h) = U h + b, where U and b are those of the two phi_u, mixed by w:
-    W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b), exact up to the rounding of W's dtype.
+    W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b), exact up to one rounding to W's dtype.
     """
     A, a = adapter.phi_d.weight, adapter.phi_d.bias  # [r, d], [r]
     if isinstance(adapter, MMAdapter):

@@ -89,10 +89,10 @@ def fingerprint(examples: list[Example]) -> str:
 
 
 class Batch(NamedTuple):
-    """B samples. `tokens` and `part_lengths` are without visual tokens, `lengths` and `predict_at` with them.
+    """B samples. `tokens` are ids of text; LaVIN.embed inserts X'. `lengths` and `predict_at` count X', too.
 
-    For training, LaVIN.hidden joins all samples into one row, end to end; `predict_at` are positions in this
-    row. For answering, LaVIN.prefill pads them into B rows.
+    Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
+    In training they form a row of 70 tokens, and predict_at are positions in it. To answer, they are padded.
     """
     tokens: torch.Tensor  # ids of heads and rests, sample after sample
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
@@ -214,7 +214,7 @@ class Steps(torch.utils.data.Dataset):
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
-            if not indices:  # a sample that only keeps this rank in step with the others: without targets
+            if not indices:  # --shard needs equally many batches on every rank: make one without targets
                 batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
             elif self.dropout:
                 batch = batch._replace(**self.dropout.draw(examples, [[self.seed, step, i] for i in indices]))

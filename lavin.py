@@ -143,7 +143,7 @@ class LaVIN(nn.Module):
         train.py divides the sum by the number of targets in the global batch, so the update does not depend
         on how the batch is split. Released code: it does, because it averages the means of micro-batches.
         """
-        return in_chunks(negative_log_likelihood, self.hidden(batch), self.llama.output.weight, batch.targets)
+        return loss_in_chunks(negative_log_likelihood, self.hidden(batch), self.llama.output, batch.targets)
 
     @torch.no_grad()
     def fold(self, *modalities: int) -> "LaVIN":
@@ -198,7 +198,7 @@ class LaVIN(nn.Module):
 
         Rows may differ in length and modality. A row's answer does not depend on the others: each step draws
         one random number, however many rows use it. ValueError if a prompt does not fit the context.
-        fast_decode(token, cache): the same step as `decode`, but faster for one row; see speed/step.py.
+        fast_decode(token, cache): the step of `decode` for a folded model, made faster in speed/step.py.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -210,9 +210,8 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            # softmax(logits) is the factor p(R_s | Z, R_{0:s-1}). `pick` makes it sharper (temperature), cuts
-            # off its tail (top_p), and draws R_s [B] from it.
-            R_s = pick(logits, temperature, top_p, random)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1})
+            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}); p: a factor
+            R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
             if all(done):
@@ -232,27 +231,26 @@ class LaVIN(nn.Module):
         write_adapters(path, adapters.trainable(self), sizes | {"base": weights.fingerprint(self)} | meta)
 
 
-def in_chunks(loss, hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """loss(hidden, W, targets), a sum over rows. To save memory, it makes LOSS_ROWS rows of logits at a time.
+def loss_in_chunks(loss, hidden: torch.Tensor, output: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """loss(hidden, output.weight, targets), a sum over rows. To save memory, it takes a few rows at a time.
 
-    While the logits of a chunk exist, it also computes the gradient with respect to the chunk. A term that is
-    0 hands these gradients to autograd. (Recomputing the logits would cost one more product with W.)
+    While the logits of a chunk exist, it also computes the gradient g with respect to `hidden`, and returns
+    total + g (hidden - its copy). The second term is 0, but its derivative is g: `backward` goes on with it.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
         with torch.enable_grad():
-            part = loss(rows.requires_grad_(), W, its_targets)
+            part = loss(rows.requires_grad_(), output.weight, its_targets)
         gradients += torch.autograd.grad(part, rows)
         total += part.detach()
-    zero = hidden - hidden.detach()  # its derivative with respect to hidden is 1
-    return total + (torch.cat(gradients) * zero).sum()
+    return total + (torch.cat(gradients) * (hidden - hidden.detach())).sum()
 
 
-def pick(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
-    """logits [B, V] -> tokens [B]: greedy at temperature 0, otherwise top-p (nucleus) sampling."""
-    if temperature < 1e-4:  # 0, or so small that the logits divide to infinity
-        return logits.argmax(-1)
-    p, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)
+def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
+    """p [B, V] -> tokens [B]: greedy at temperature 0, otherwise top-p sampling of p ^ (1 / temperature)"""
+    if temperature < 1e-4:  # 0, or so small that the quotient is infinite
+        return p.argmax(-1)
+    p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
     u = torch.rand((), generator=random).item()  # one number for all rows

@@ -7,8 +7,8 @@
     python sample.py --routing                                         how each layer weighs its two adapters
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
-image and the earlier turns, and writes prompts as in training: in ScienceQA's format or, if the adapters were
-trained on instructions alone, as "Instruction: ..\nResponse:".
+image and the turns (a chat is one row: head, X', prompt, answer, prompt, answer, prompt), and writes prompts
+as in training: like ScienceQA or, if all training was on instructions, "Instruction: ..\nResponse:".
 """
 import sys
 import time
@@ -23,7 +23,7 @@ from official.images import open_image
 from official.tokenizer import Tokenizer
 from speed import nf4
 from speed.machine import Meter
-from speed.step import FastStep, folded_step
+from speed.step import FastStep
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -112,7 +112,7 @@ def main() -> None:
     if cfg.image:
         open_image(cfg.image)  # report a bad image before the weights are read
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    started, store = time.time(), nf4.storage(cfg.bits, cfg.compile)
+    started, store = time.time(), nf4.storage(cfg.bits, cfg.compile)  # refuses --compile with 4 bits
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, store)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
           f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
@@ -121,7 +121,9 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    fast_decode = folded_step(model, *modalities)  # folds the model; None with --bits 4: use LaVIN.decode
+    fast_decode = None  # matrices in 4 bits cannot take in the adapters: LaVIN.decode makes the steps
+    if cfg.bits == 16:
+        fast_decode = FastStep(model.fold(*modalities))  # the same result in less time
     if cfg.compile:
         from speed.compiling import compile_step
         started, fast_decode = time.time(), compile_step(model)

@@ -73,7 +73,7 @@ class Config:
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
-    checkpoint: bool = False  # activation checkpointing: recompute blocks to save memory; 1.4 x the work
+    checkpoint: bool = False  # save memory by computing each block again in the backward pass; 1.4 x the work
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype

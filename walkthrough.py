@@ -40,9 +40,8 @@ def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
     print(f"{'largest difference':>36}    {difference:.0e}")
     assert difference < 1e-4, f"{what} differs from {source} by {difference}"
 
-# %% The trained tiny model and four inputs: a question about an image, without a response (asked), with the
-# right one and with a wrong one; and the question without the image (text). An input is a sequence of
-# t_m, head ([BOS] "Image: "), X' (n_visual tokens), rest (prompt and response).
+# %% The trained tiny model and four inputs: a question about an image (asked), with the right response, a
+# wrong one, and without the image (text). An input: t_m, head ([BOS] "Image: "), X', rest (prompt, response).
 torch.set_grad_enabled(False), torch.set_num_threads(1)  # only Eq. (4) needs gradients
 model, _ = lavin.load("tiny/adapters.safetensors", "tiny/llama", "tiny/clip")
 tokenizer, n_cls, weights = Tokenizer("tiny/llama"), model.vit.n_cls, naive.params(model)
@@ -57,7 +56,8 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each value, four numbers; below, naive.py's.")
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor, the first four numbers are shown. Below"
+      "\nthem stand those of tests/naive.py, which computes the same formulas in numpy.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -65,7 +65,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Here Z is head and prompt without X', normalised in layer 0, and w is that for an image.")
+print("Here Z is the embeddings of [BOS] 'Image: ' and prompt after layer 0's norm; w is that for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -93,8 +93,8 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. f_phi is the frozen LLM, phi_d, phi_u are the adapter's", freeze_base, train.train)
-print("The gradient passes through both frozen models: add a number x to every entry of phi_d.bias in the\n"
-      "ViT's first adapter, and take dL/dx. L is the loss of the response 'The answer is B.'")
+print("Does the gradient reach the far end of both models? Compare dL/dx, where x is added to each entry of\n"
+      "phi_d.bias in the ViT's first adapter, with finite differences; L: the loss of 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
@@ -126,10 +126,10 @@ for e in asked, text:
     print(f"{1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation. `pick` draws R_s from p = softmax(logits), greedily here", LaVIN.stream)
-with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records the logits of each step
+equation(8, "generation. p(R_s | ..): the entry of p for the token R_s, here the largest", LaVIN.stream)
+with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
-p_R = [call.args[0].softmax(-1)[0, t].item() for call, t in zip(pick.call_args_list, answer)]
+p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
 check("p(R_s | ..)", "s", p_R, np.exp(naive_right.log_p))
 assert tokenizer.decode(answer) == RED, "other tokens than those of naive_right"
 print(textwrap.fill(" ".join(f"{tokenizer.decode([t]) or '[EOS]'}:{x:.4f}" for t, x in zip(answer, p_R)), 96))

@@ -193,7 +193,7 @@ def test_a_full_memory_is_one_line(monkeypatch):
 
 
 def test_a_temperature_near_zero_is_greedy():
-    """Divided by 1e-300 the logits are infinite and their softmax is NaN: any token was chosen once."""
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    """Divided by 1e-300 the logarithms are infinite and their softmax is NaN: any token was chosen once."""
+    p = torch.tensor([[0.2, 0.5, 0.3]])
     for temperature in (0.0, 1e-300, 1e-9, 1e-4):
-        assert lavin.pick(logits, temperature, 0.75, torch.Generator().manual_seed(0)).tolist() == [1]
+        assert lavin.pick(p, temperature, 0.75, torch.Generator().manual_seed(0)).tolist() == [1]

@@ -289,12 +289,12 @@ def test_chunked_loss_equals_the_whole_one(lavin, monkeypatch):
 
 def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):
     from lavin import pick
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(1, 1)
-    draws = [pick(logits, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    draws = [pick(p, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
     assert set(draws) == {0, 1}  # 0.5 + 0.3 reaches 0.75; the third token is never drawn
     assert abs(draws.count(0) / 300 - 0.5 / 0.8) < 0.1
-    assert pick(logits, 0.0, 0.75, torch.Generator()).item() == 0
-    assert draws == [pick(logits, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
+    assert pick(p, 0.0, 0.75, torch.Generator()).item() == 0
+    assert draws == [pick(p, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
 
 
 def test_dropout_depends_on_the_seed_of_each_sample():

@@ -20,7 +20,7 @@ MISTAKES = {
     5: ("lavin.py", "return -log_p.sum()", "return -log_p.mean()"),
     6: ("lavin.py", "self.W_u(F.silu(self.W_d(X)))", "self.W_u(F.gelu(self.W_d(X)))"),
     7: ("lavin.py", "torch.cat([Y_head, X_prime, Y_rest])", "torch.cat([X_prime, Y_head, Y_rest])"),
-    8: ("lavin.py", "R_s = pick(logits,", "R_s = pick(-logits,"),
+    8: ("lavin.py", "torch.softmax(logits, -1)", "torch.softmax(-logits, -1)"),
 }
 
 
