@@ -61,7 +61,7 @@ class Config:
     captions: bool = False  # append captions.json to the hints
     max_len: int = 192  # [2, inf) longest sequence in tokens; longer ones are cut
     # optimisation
-    epochs: float = 1.0  # (0, 1000000] passes over the train split
+    epochs: float = 1.5  # (0, 1000000] passes over the train split
     warmup: float = 0.06  # [0, 1000000] epochs of linear warm-up
     batch_size: int = 32  # [1, inf) samples per optimizer step, over all ranks and accumulation steps
     micro_batch: int = 32  # [1, inf) samples per forward pass

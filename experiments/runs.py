@@ -4,7 +4,7 @@ Two processes of one thread each train one model each. A finished run is a JSON 
 hash of its settings, its problems and the weights in tiny/. So a stopped experiment goes on where it was, and
 experiments that need the same run share it.
 
-Every run sees each of the 2,560 training problems of its world once: 80 steps of 32, a quarter of the demo's
+Every run sees each of the 2,560 training problems of its world once: 80 steps of 32, a sixth of the demo's
 length, with the demo's other flags. Seeds differ in the new adapters and the order of the problems, not in
 the problems. A standard error here is over seeds: a difference says nothing of other problems.
 """
@@ -139,7 +139,7 @@ def build(run: Run, options: Options) -> tuple[LaVIN, object, list, train.Config
     """Model, tokenizer and training examples of a run, and its flags."""
     clip = TINY / "clip" if run.encoder == "whole" else Path(options.work, "half_clip")
     cfg = train.Config(llama=str(TINY / "llama"), clip=str(clip), data=str(Path(options.work, run.world)),
-                       seed=run.seed, split="", **run.flags)
+                       seed=run.seed, split="", epochs=1.0, **run.flags)
     model, tokenizer, examples, _ = train.prepare(cfg, torch.device("cpu"), torch.float32, lambda *_: None)
     if run.lora:
         torch.manual_seed(run.seed)
