@@ -89,7 +89,7 @@ def parse(config: type, presets: dict[str, dict] | None = None, argv: list[str] 
         comment = comments.get(name, "")
         may_be_empty = getattr(config, name) == "" or '"": ' in comment
         blank = isinstance(value, str) and not value.strip() and (value or not may_be_empty)
-        if blank or value == []:  # argparse turns --name=-- into []
+        if blank or value in ([], "--"):  # before Python 3.13, argparse turns --name=-- into []
             parser.error(f"--{name} is empty; expected a value")
         if type(value) in (int, float) and (expected := out_of_range(value, comment)):
             parser.error(f"--{name} {value}: expected {expected}")
