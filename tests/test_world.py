@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_main
 from sentencepiece import SentencePieceProcessor
 
 import clip
@@ -16,7 +16,7 @@ import weights
 from evaluation import scores
 from llama import LLaMA, LLaMAConfig
 from official.tokenizer import Tokenizer
-from tiny import corpus, make_llm, scenes, world
+from tiny import audit, corpus, make_llm, scenes, world
 
 SIZES = {"test": 300, "val": 60, "unseen": 80, "reworded": 80, "train": 900}
 
@@ -259,3 +259,15 @@ def test_the_embeddings_of_stacked_words_are_summed_at_their_position():
 def test_the_tiny_presets_fit_the_embedded_models():
     assert LLaMAConfig(**weights.read_llama(ROOT / "tiny/llama")[0]) == llama.PRESETS["tiny"]
     assert clip.CLIPConfig(**weights.read_clip(ROOT / "tiny/clip")[0]) == clip.PRESETS["tiny"]
+
+
+def test_the_audit_runs_and_has_the_rows_of_its_table(folder, monkeypatch, capsys):
+    """Two problems of each check. tiny/README.md shows every row."""
+    run_main(monkeypatch, audit.main, "--data", folder, "--limit", 2, "--device", "cpu", "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["problems"] for row in rows.values()} == {2}
+    assert all(0 <= row["accuracy"] <= 100 for row in rows.values())
+    assert len(rows) == 5 + len(audit.CHANGES) + 2 * 4  # of two: untrained, two baselines, chance
+    table = (ROOT / "tiny/README.md").read_text().partition("## Where it breaks")[2]
+    shown = re.findall(r"\| ([a-z][^|]*) \| [\d.]+ ", table.partition("## Data")[0])
+    assert len(shown) == len(rows)

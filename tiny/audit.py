@@ -160,7 +160,7 @@ def answers(model, tokenizer, checks: dict[str, list[Problem]], meta: dict) -> d
 
 def audit(cfg: Config) -> dict[str, tuple[float, int]]:
     """{name: (accuracy in per cent, number of problems)}"""
-    meta = evaluate.adapter_metadata(cfg, needs_pictures=True)
+    meta = answering.adapter_metadata(cfg, needs_pictures=True)
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cfg.data == Config.data:
         world.ensure(cfg.data)
