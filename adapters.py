@@ -24,8 +24,8 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: text moves phi_u1 and phi_u2 in the ratio w_0 : w_1 for text, images move them in that for
-images. E_m and f_w start at random, so the two ratios differ, and phi_u1 and phi_u2 drift apart.
+not stay equal: the gradients of phi_u1 and phi_u2 sum over text and images, weighted by w_0 or w_1. E_m and
+f_w start at random, so w differs between text and images, and the two gradients are not parallel.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -74,7 +74,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives. It comes with the batch, so recomputing h reuses it."""
+    """h [B, T, r]; mask: True where a unit survives. The backward pass recomputes h: with the same mask."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -107,14 +107,14 @@ class MMAdapter(nn.Module):
         self.f_w = nn.Linear(d, 2)  # W_m and b_m; the paper's f_w includes the softmax
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """t [.., d]: the layer's state of t_m (LLaMA) or [cls] (ViT), normalised like z -> w [.., 2], fp32"""
+        """w [.., 2] in fp32 from t [.., d]: the layer's t_m (LLaMA) or [cls] (ViT), after the norm of z."""
         logits = self.f_w(t).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z'. w is [B, 1, 2], a pair for each row, or [1, T, 2], a pair for each token.
+        """z [B, T, d] -> z'. w is [B, 1, 2], a pair for each row, or [B, T, 2], a pair for each token.
 
-        The latter when LLaMA trains: then all samples, with and without an image, form one long row.
+        In training, LLaMA reads all samples, with and without an image, as one long row: w [1, T, 2].
         """
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each

@@ -91,8 +91,8 @@ class Block(nn.Module):
 
         Released code: the router reads z[0], so token i of every image is routed by token i of the first.
         Probably z[:, 0], every image's [cls], was meant. Here: each image is routed by its own [cls].
-        The authors trained their released adapters with z[0]. With these, set routed_by to "token": then
-        each token is routed by itself, which is what z[0] does when a batch holds one image.
+        Adapters that the authors released learned other routing. With them, set routed_by to "token": each
+        token routes itself, which is what their code does when it answers about a single image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

@@ -52,8 +52,8 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
-        # Prompt and response are tokenized as one string, as in the released code. A token that holds the end
-        # of the prompt and the beginning of the response belongs to the prompt, and is no target.
+        # Prompt and response are tokenized as one string, as in the released code. The first len(prompt) ids
+        # count as prompt, even if the last of them also holds the beginning of the response.
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 

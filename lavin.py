@@ -55,7 +55,7 @@ class Neck(nn.Module):
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """X [images, n, ViT width] -> X' [images, n, C]"""
-        # the paper's text says SwiGLU; its formula, the released code and this code use SiLU
+        # the paper's text says SwiGLU, but its formula has no gate; the released code uses SiLU, and so do we
         return self.W_u(F.silu(self.W_d(X)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
@@ -77,7 +77,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters also for kind "rep": Table 2's 2.9M includes them
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even if LLaMA has kind "rep", as Table 2 counts
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -210,7 +210,7 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}); p: a factor
+            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}); factor: p[R_s]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
@@ -234,8 +234,8 @@ class LaVIN(nn.Module):
 def loss_in_chunks(loss, hidden: torch.Tensor, output: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
     """loss(hidden, output.weight, targets), a sum over rows. To save memory, it takes a few rows at a time.
 
-    While the logits of a chunk exist, it also computes the gradient g with respect to `hidden`, and returns
-    total + g (hidden - its copy). The second term is 0, but its derivative is g: `backward` goes on with it.
+    While the logits of a chunk exist, it also computes the gradient g with respect to `hidden`. hidden -
+    hidden.detach() is 0 with derivative 1, so the sum added at the end is 0 and hands g to `backward`.
     """
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):

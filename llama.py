@@ -250,5 +250,5 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, store=None) -> "LLaMA":
-        """Read official weights; ValueError or FileNotFoundError if bad. store: for 4 bits, or for shards"""
+        """Read official weights; ValueError or FileNotFoundError if bad. store: see weights.load"""
         return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, store)

@@ -123,7 +123,7 @@ def main() -> None:
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
     fast_decode = None  # matrices in 4 bits cannot take in the adapters: LaVIN.decode makes the steps
     if cfg.bits == 16:
-        fast_decode = FastStep(model.fold(*modalities))  # the same result in less time
+        fast_decode = FastStep(model.fold(*modalities))  # LaVIN.decode for one row, in fewer operations
     if cfg.compile:
         from speed.compiling import compile_step
         started, fast_decode = time.time(), compile_step(model)

@@ -65,7 +65,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Here Z is the embeddings of [BOS] 'Image: ' and prompt after layer 0's norm; w is that for images.")
+print("Here, Z is the text of the input, without X', after layer 0's norm; w is layer 0's for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -93,14 +93,14 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. f_phi is the frozen LLM, phi_d, phi_u are the adapter's", freeze_base, train.train)
-print("Does the gradient reach the far end of both models? Compare dL/dx, where x is added to each entry of\n"
-      "phi_d.bias in the ViT's first adapter, with finite differences; L: the loss of 'The answer is B.'")
+print("Does the gradient reach the ViT's first adapter, farthest from the loss L of 'The answer is B.'?\n"
+      "Add a number e to every entry of its phi_d.bias. naive.py estimates dL/de by finite differences.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
 name = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # its gradient passes through both models
 L = lambda x: -naive.run(weights | {name: weights[name] + x}, model, wrong, picture).log_p.sum()
-check("dL/dx", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, finite diff.")
+check("dL/de", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, finite diff.")
 with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
