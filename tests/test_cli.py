@@ -133,7 +133,7 @@ def test_dashes_are_underscores():
 
 
 def test_an_empty_word_is_refused_unless_it_means_something(capsys):
-    for argv in (["--out", ""], ["--out", " "], ["--out=--"], ["--recipe=--"]):  # argparse makes [] of --, or "--"
+    for argv in (["--out", ""], ["--out", " "], ["--out=--"], ["--recipe=--"]):
         assert refused(capsys, *argv, presets=PRESETS).startswith(("--out is empty", "unknown --recipe"))
     assert cli.parse(evaluate.ScienceQA, argv=["--out", ""]).out == ""
     assert "--out is empty" in refused(capsys, "--out", " ", config=evaluate.ScienceQA)
