@@ -212,9 +212,10 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
+            # --shard needs equally many batches on every rank: an empty one gets a sample without targets
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
-            if not indices:  # --shard needs equally many batches on every rank: make one without targets
+            if not indices:
                 batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
             elif self.dropout:
                 batch = batch._replace(**self.dropout.draw(examples, [[self.seed, step, i] for i in indices]))

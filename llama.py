@@ -9,11 +9,11 @@ There are three ways through the blocks. `forward` trains on whole sequences, pa
 padding. `prefill` reads prompts into a cache. `decode` reads one more token per row. The three differ only in
 which keys a query may see: each hands its own function `attend(layer, q, k, v)` to the blocks.
 
-What one block keeps of a token for the backward pass: the block's input, q, k, v, the attention's output,
-the sum after the attention, the outputs of w1 and w3, and the log of each head's softmax denominator, from
-which fused attention recomputes its softmax. Frozen projections keep nothing, because their weights need no
-gradient. Norms, adapters and silu(w1 x) are recomputed. The ViT's blocks do the same, with c_fc's output
-instead of w1's and w3's.
+What one block keeps of a token for the backward pass: the block's input, q, k, v, the attention's output, the
+sum after the attention, the two products w1 x and w3 x of the feed-forward layer, and the log of each head's
+softmax denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing,
+because their weights need no gradient. Norms, adapters and silu(w1 x) are recomputed. The ViT's blocks do the
+same, with c_fc's output in their place.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.

@@ -7,8 +7,8 @@
     python sample.py --routing                                         how each layer weighs its two adapters
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
-image and the turns (a chat is one row: head, X', prompt, answer, prompt, answer, prompt), and writes prompts
-as in training: like ScienceQA or, if all training was on instructions, "Instruction: ..\nResponse:".
+image and the turns. A chat is one row: head, X', prompt, answer, prompt, answer, prompt; if it gets too long,
+the oldest turns go. Prompts are written as in training: like ScienceQA's, or "Instruction: ..\nResponse:".
 """
 import sys
 import time
@@ -121,7 +121,7 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    fast_decode = None  # matrices in 4 bits cannot take in the adapters: LaVIN.decode makes the steps
+    fast_decode = None  # adapters cannot be folded into matrices in 4 bits: LaVIN.decode makes the steps
     if cfg.bits == 16:
         fast_decode = FastStep(model.fold(*modalities))  # LaVIN.decode for one row, in fewer operations
     if cfg.compile:

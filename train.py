@@ -112,7 +112,7 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
-    store = shard.storage(device.type, cfg.bits) if cfg.shard else nf4.storage(cfg.bits)
+    store = shard.storage(device.type, cfg.bits) if cfg.shard else nf4.storage(cfg.bits)  # None: as it is
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, store)
     llama.recompute_blocks = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
