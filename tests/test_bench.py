@@ -243,7 +243,7 @@ def test_dry_run_prices_a_folder_on_its_own_data(run, tmp_path):
     world.write(tmp_path, seed=5, sizes={"test": 4, "val": 4, "train": 12})
     out, _ = run(train.main, "--dry_run", "--llama", ROOT / "tiny/llama", "--clip", ROOT / "tiny/clip",
                  "--data", tmp_path)
-    assert "61,550 train" in out and f"1 x 12 problems as in {tmp_path}" in out
+    assert "61,550 train" in out and f"1.5 x 12 problems as in {tmp_path}" in out
 
 
 def test_dry_run_knows_models_by_name_and_counts_tied_embeddings_once(run, tmp_path):

@@ -59,6 +59,8 @@ def test_its_price(capsys, monkeypatch):
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
+    world.write(tmp_path / "world", seed=5, sizes={"test": 2, "val": 2, "train": 4})
     with pytest.raises(SystemExit) as e:
-        run_main(monkeypatch, train.main, "--device", "cpu", "--shard", "--out", str(tmp_path))
+        run_main(monkeypatch, train.main, "--device", "cpu", "--shard", "--data", str(tmp_path / "world"),
+                 "--out", str(tmp_path / "out"))
     assert "start with torchrun" in str(e.value.code)
