@@ -150,7 +150,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
     image_size = model.vit.cfg.image_size if model.vit else 0
     dataset = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed, image_size,
-                       cfg.normalize, data.MaskSampler.of(model))
+                         cfg.normalize, data.MaskSampler.of(model))
     total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     theta_a = trainable(model)
@@ -158,7 +158,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
     say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {dataset.per_epoch} per "
         f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = "
-        f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}")
+        f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}{'; sharded, so no split is answered' * cfg.shard}")
 
     # all gradients and the loss lie in one buffer, so one all-reduce sums them; p.grad are views of it
     buffer = torch.zeros(n_params + 1, device=device)
@@ -213,8 +213,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 def main() -> None:
     cfg = cli.parse(Config, RECIPES)
     if cfg.dry_run:
-        print(price.quote(cfg))
-        return
+        return print(price.quote(cfg))
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world

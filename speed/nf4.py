@@ -73,7 +73,7 @@ def quantise(W: torch.Tensor) -> Quantised:
 
 
 def dequantise(q: Quantised, shape: torch.Size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The matrix of this shape. Beside it, only one chunk exists at a time."""
+    """The matrix of this shape. Apart from it, only one chunk is in memory at a time."""
     W = torch.empty(len(q.codes), BLOCK, dtype=dtype, device=q.codes.device)
     for out, codes, scale in zip(*(t.split(CHUNK) for t in (W, q.codes, q.scales()))):
         decoded = pairs(W.device).index_select(0, codes.flatten().int()).view(torch.float32).view(-1, BLOCK)
@@ -99,7 +99,7 @@ class Product(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """In place of an nn.Linear without bias whose weight W [out, in] is frozen."""
+    """Replaces an nn.Linear that has no bias and whose weight W [out, in] is frozen."""
 
     def __init__(self, W: torch.Tensor):
         super().__init__()

@@ -20,7 +20,7 @@ from clip import CLIPConfig, VisionTransformer
 from lavin import LOSS_ROWS, LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 from official.tokenizer import Tokenizer
-from speed import nf4
+from speed import nf4, shard
 from speed.shapes import LLAMAS, TIED, VITS
 
 PROBLEMS, EPOCHS = 12_726, 20  # the paper's recipe: ScienceQA's train split, 20 times
@@ -298,6 +298,8 @@ def table(lines: dict[str, float], units: dict[str, float]) -> list[str]:
 def quote(cfg) -> str:
     """What train.py would need with the flags `cfg`: parameters, memory, FLOPs, time. Reads no weights."""
     nf4.storage(cfg.bits)  # refuses an unknown number
+    if cfg.shard:
+        shard.check(cfg.bits)
     model = build(cfg)
     n = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in trainable(model).values())

@@ -1,4 +1,4 @@
-"""A frozen LLaMA that is spread over the GPUs of a run, for a LLaMA that one GPU cannot hold: --shard.
+"""Spread a frozen LLaMA over the GPUs of a run, when one GPU cannot hold it: what --shard does.
 
     Zhao et al. 2023, "PyTorch FSDP": https://arxiv.org/abs/2304.11277
 
@@ -15,13 +15,18 @@ import cli
 import weights
 
 
+def check(bits: int) -> None:
+    """ValueError unless weights of so many bits can be sharded."""
+    if bits != 16:
+        raise ValueError("--shard cannot spread matrices in 4 bits; leave out --shard or --bits")
+
+
 def storage(device: str, bits: int) -> Callable:
     """What --shard hands to `weights.load`: it shards a block once the block's last tensor has been read."""
+    check(bits)
     ranks = cli.processes()[1]
     if ranks == 1:
         raise ValueError("--shard needs several processes; start with torchrun --nproc_per_node N")
-    if bits != 16:
-        raise ValueError("--shard spreads 16-bit or 32-bit weights; leave out --shard or --bits")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow to import
     mesh = init_device_mesh(device, (ranks,))

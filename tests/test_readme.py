@@ -2,6 +2,7 @@
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import shlex
 from operator import attrgetter
@@ -73,6 +74,18 @@ def test_files_it_names_exist(name):
         assert (ROOT / file).exists(), file
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)|<img src=\"([^\"]+)\"", text):
         assert (ROOT / name).parent.joinpath("".join(target).split("#")[0]).is_file(), target
+
+
+def test_its_figures_of_the_experiments_are_the_stored_results():
+    tables = {name: json.loads((ROOT / f"experiments/results/{name}.json").read_text())["tables"]
+              for name in ("table2", "routing")}
+    (rows,) = tables["table2"].values()
+    figures = [x for x in (row.get("minus row before") for row in rows.values()) if isinstance(x, list)]
+    figures.append(tables["routing"]["flipped"]["MM-Adapter"]["minus RepAdapter"])
+    assert len(figures) == 5
+    text = " ".join(TEXTS[README].split())
+    for mean, error in figures:
+        assert f"{mean:.1f} ± {error:.1f}" in text
 
 
 def test_make_targets_exist():

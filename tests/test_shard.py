@@ -39,6 +39,7 @@ def test_a_sharded_run_equals_a_whole_one(tmp_path, monkeypatch):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "sharded, so no split is answered" in done.stderr
     shares = [float(line.split()[1]) for line in done.stdout.splitlines()]
     assert len(shares) == 2 and all(0.49 < share < 0.51 for share in shares)  # rows of a matrix may be odd
     whole, shards = (load_file(tmp_path / name / "adapters.safetensors") for name in ("whole", "shards"))
@@ -64,3 +65,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         run_main(monkeypatch, train.main, "--device", "cpu", "--shard", "--data", str(tmp_path / "world"),
                  "--out", str(tmp_path / "out"))
     assert "start with torchrun" in str(e.value.code)
+    for more in [], ["--dry_run"]:
+        with pytest.raises(SystemExit) as e:
+            run_main(monkeypatch, train.main, "--device", "cpu", "--shard", "--bits", "4", "--data",
+                     str(tmp_path / "world"), "--out", str(tmp_path / "out"), *more)
+        assert "--shard cannot spread matrices in 4 bits" in str(e.value.code)
