@@ -89,7 +89,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks():
     for step in range(8):
         sets = []
         for ranks, micro in ((1, 8), (2, 4), (4, 1), (3, 2)):
-            rows, targets = [], set()
+            rows, targets, counts = [], set(), set()
             for rank in range(ranks):
                 steps = data.Steps(examples, 8, micro, rank, ranks, seed=3, image_size=4, normalize="clip")
                 batches, n = steps[step]
@@ -97,6 +97,8 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks():
                 rows += [tuple(ids.tolist()) for b in batches if len(b.targets)  # one without keeps step
                          for ids in b.tokens.split(b.lengths)]
                 targets.add(n)
+                counts.add(len(batches))
+            assert len(counts) == 1  # every rank runs equally many forward passes, as --shard needs
             sets.append((sorted(rows), targets))
             assert targets == {sum(len(b.targets) for rank in range(ranks) for b in
                                    data.Steps(examples, 8, micro, rank, ranks, 3, 4, "clip")[step][0])}
