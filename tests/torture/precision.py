@@ -1,7 +1,7 @@
 """Train the tiny model in bf16 and in fp32, three seeds each. The scores must agree within the seeds' noise.
 
-Both curves of the loss go to curves.csv. Noise is the largest difference between two seeds of one dtype, at
-least one point: bf16 may move the mean by no more than that.
+Noise is the largest difference between two seeds of one dtype, at least one point: bf16 may move the mean by
+no more than that. The environment variable TORTURE_CURVES names a PNG for the curves of the losses.
 """
 import json
 import os
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import train
+from evaluation import chart
 from tiny import world
 
 from . import TINY, Row, ended, forked
@@ -36,11 +37,10 @@ def run(folder: Path, seed: int, count: int) -> Iterator[Row]:
             assert status == 0, (folder / "log").read_text()[-400:]
             curves[dtype, s] = {r["step"]: r["loss"] for r in map(json.loads, open(out / "log.jsonl"))}
             scores[dtype, s] = json.loads((out / "scores.json").read_text())["accuracy"]["Avg"]
-    steps = sorted(set.intersection(*(set(c) for c in curves.values())))
-    lines = [",".join(["step", *(f"{dtype} seed {s}" for dtype, s in curves)])]
-    lines += [",".join(map(str, [step, *(c[step] for c in curves.values())])) for step in steps]
-    (folder / "curves.csv").write_text("\n".join(lines) + "\n")
-    last = {run: 100 * curve[steps[-1]] for run, curve in curves.items()}
+    if png := os.environ.get("TORTURE_CURVES"):
+        of_run = {f"{dtype}, seed {s}": [*c.items()] for (dtype, s), c in curves.items()}
+        chart.lines(Path(png), of_run, "loss")
+    last = {run: 100 * curve[max(curve)] for run, curve in curves.items()}
     for what, value in (("accuracy", scores), ("last loss x 100", last)):
         of = lambda dtype, value=value: np.array([x for run, x in value.items() if run[0] == dtype])
         fp32, bf16 = of("fp32"), of("bf16")
@@ -50,5 +50,3 @@ def run(folder: Path, seed: int, count: int) -> Iterator[Row]:
         if abs(fp32.mean() - bf16.mean()) > noise:
             row.lost.append(row.note)
         yield row
-    if keep := os.environ.get("TORTURE_CURVES"):
-        shutil.copyfile(folder / "curves.csv", keep)
