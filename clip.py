@@ -147,8 +147,7 @@ class VisionTransformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # images
 
-# Released code: ImageNet's mean and std, although CLIP was trained with its own. Here: ImageNet's with
-# --recipe paper, otherwise CLIP's.
+# CLIP was trained with its own mean and std. The released code uses ImageNet's, and so does --recipe paper.
 MEAN_STD = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),

@@ -4,8 +4,7 @@
     https://arxiv.org/abs/2305.15023
 
 This file holds what joins the models: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq.
-5), generation (Eq. 8). Batches come from data.py. The name of every module that trains begins with
-`adapter_`.
+5), generation (Eq. 8). The name of every module that trains begins with `adapter_`.
 
 Precision on a GPU: the frozen models (the base) are stored in bf16, and matrix products and attention run in
 bf16 (`autocast`). Norms, rotary embedding, the routers' softmax and the loss are computed in fp32. Adapters
@@ -32,7 +31,7 @@ from llama import KVCache, LLaMA
 from official.adapter_files import fill, write_adapters
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
-LOSS_ROWS = 256  # rows of logits that exist at once
+LOSS_ROWS = 256  # targets whose logits exist at once
 
 
 @dataclass
@@ -110,7 +109,6 @@ class LaVIN(nn.Module):
 
         Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
         In a chat, the batch already holds X': an image is not encoded again in every turn.
-        Released code: the ViT also encodes a black image for each text sample. Here: only images that exist.
         """
         if batch.image_embeds is not None:
             return batch.image_embeds
@@ -143,7 +141,7 @@ class LaVIN(nn.Module):
         train.py divides the sum by the number of targets in the global batch, so the update does not depend
         on how the batch is split. Released code: it does, because it averages the means of micro-batches.
         """
-        return loss_in_chunks(negative_log_likelihood, self.hidden(batch), self.llama.output, batch.targets)
+        return LossInChunks.apply(self.hidden(batch), self.llama.output.weight, batch.targets)
 
     @torch.no_grad()
     def fold(self, *modalities: int) -> "LaVIN":
@@ -231,19 +229,26 @@ class LaVIN(nn.Module):
         write_adapters(path, adapters.trainable(self), sizes | {"base": weights.fingerprint(self)} | meta)
 
 
-def loss_in_chunks(loss, hidden: torch.Tensor, output: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
-    """loss(hidden, output.weight, targets), a sum over rows. To save memory, it takes a few rows at a time.
+class LossInChunks(torch.autograd.Function):
+    """Eq. (5), a few targets at a time. For 7B, all logits of a micro-batch would take 110 MB, three times.
 
-    While the logits of a chunk exist, it also computes the gradient g with respect to `hidden`. hidden -
-    hidden.detach() is 0 with derivative 1, so the sum added at the end is 0 and hands g to `backward`.
+    `forward` computes the gradient of each chunk as well, while its logits exist; `backward` passes it on.
     """
-    total, gradients = torch.zeros((), device=hidden.device), []
-    for rows, its_targets in zip(hidden.detach().split(LOSS_ROWS), targets.split(LOSS_ROWS)):
-        with torch.enable_grad():
-            part = loss(rows.requires_grad_(), output.weight, its_targets)
-        gradients += torch.autograd.grad(part, rows)
-        total += part.detach()
-    return total + (torch.cat(gradients) * (hidden - hidden.detach())).sum()
+
+    @staticmethod
+    def forward(ctx, hidden, W, targets):
+        losses, gradients = [], []
+        for h, R in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)):
+            h = h.detach().requires_grad_()
+            with torch.enable_grad():
+                losses.append(negative_log_likelihood(h, W, R))
+            gradients += torch.autograd.grad(losses[-1], h)
+        ctx.save_for_backward(torch.cat(gradients))
+        return sum(losses)
+
+    @staticmethod
+    def backward(ctx, dL):
+        return dL * ctx.saved_tensors[0], None, None
 
 
 def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
@@ -263,7 +268,7 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, store: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base has other sizes, or other weights unless `any_base`. store: see weights.load.
+    ValueError if the base has other sizes, or other weights unless `any_base`. store: as for from_pretrained.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})

@@ -238,10 +238,7 @@ class LLaMA(nn.Module):
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state.
-
-        Released code: with dropout. Here: without, so that w does not vary.
-        """
+        """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state."""
         routing_weights = []
         for block in self.layers:
             t, w = block.alone(t)
@@ -250,5 +247,5 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, store=None) -> "LLaMA":
-        """Read official weights; ValueError or FileNotFoundError if bad. store: see weights.load"""
+        """Read official weights; errors name the file. store: what --bits 4 or --shard do to modules read."""
         return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, store)
