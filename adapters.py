@@ -24,8 +24,8 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: the gradients of phi_u1 and phi_u2 sum over text and images, weighted by w_0 or w_1. E_m and
-f_w start at random, so w differs between text and images, and the two gradients are not parallel.
+not stay equal: if g_T and g_I are the gradients from text and from images, phi_u1 gets w_0(text) g_T +
+w_0(image) g_I, and phi_u2 the same with w_1. E_m and f_w start at random, so these two sums differ.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -74,14 +74,12 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives. The backward pass recomputes h: with the same mask."""
+    """h [B, T, r]; mask: True where a unit survives, drawn in data.py. (`recompute` needs it twice.)"""
     return h if mask is None else h * mask / (1 - p)
 
 
 class RepAdapter(nn.Module):
     """One adapter on its own, as in the first rows of Table 2: z + s f_a(z), with f_a(z) = phi_u(phi_d(z)).
-
-    Released code: this option forgets "z +" and s. Here: both are present.
     """
 
     def __init__(self, d: int, cfg: AdapterConfig):
@@ -107,7 +105,7 @@ class MMAdapter(nn.Module):
         self.f_w = nn.Linear(d, 2)  # W_m and b_m; the paper's f_w includes the softmax
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """w [.., 2] in fp32 from t [.., d]: the layer's t_m (LLaMA) or [cls] (ViT), after the norm of z."""
+        """w [.., 2] in fp32. t [.., d]: t_m (LLaMA) or [cls] (ViT) in this layer, normalised as z is."""
         logits = self.f_w(t).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
@@ -158,7 +156,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
     """Freeze all but adapters, neck (adapter_proj) and E_m; return the parameters that train, by name."""
     for name, p in model.named_parameters():
-        p.requires_grad_("adapter_" in name)  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a); phi frozen
+        p.requires_grad_("adapter_" in name)  # Eq. (4): theta_a* = argmin L(..; theta_a): theta_a alone
     return trainable(model)
 
 

@@ -91,8 +91,8 @@ class Block(nn.Module):
 
         Released code: the router reads z[0], so token i of every image is routed by token i of the first.
         Probably z[:, 0], every image's [cls], was meant. Here: each image is routed by its own [cls].
-        Adapters that the authors released learned other routing. With them, set routed_by to "token": each
-        token routes itself, which is what their code does when it answers about a single image.
+        Adapters that the authors released learned the former. official/released.py reads them with routed_by
+        "token": each token routes itself, which is what their code does when it answers about a single image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

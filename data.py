@@ -133,7 +133,11 @@ def collate(examples: list[Example], image_size: int, normalize: str,
 
 
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks. They belong to the batch, so recomputation in the backward pass reuses them."""
+    """Draws dropout's masks along with the batch, for two reasons that rule out nn.Dropout.
+
+    The backward pass computes the adapters again and needs the same mask. And a sample's mask must not depend
+    on how the batch is split, so it has a seed of its own: (the run's seed, step, sample).
+    """
     p: float
     r: int  # adapter width
     layers: int  # of LLaMA
@@ -151,7 +155,7 @@ class MaskSampler(NamedTuple):
         return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens)
 
     def draw(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
-        """The two masks of a Batch, by name. One seed per sample: batch-mates do not change its masks."""
+        """The two masks of a Batch, by name; one seed per sample."""
         llama, vit = [], []
         for e, seed in zip(examples, seeds):
             random = np.random.default_rng(seed)
@@ -168,7 +172,8 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank, because the largest one
-    decides the peak memory. All ranks get equally many micro-batches, as --shard needs; some may be empty.
+    decides the peak memory. All ranks get equally many micro-batches, because with --shard every forward pass
+    collects the blocks from all ranks; some micro-batches may be empty.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)
@@ -212,7 +217,7 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            # --shard needs equally many batches on every rank: an empty one gets a sample without targets
+            # an empty micro-batch gets a sample, but no target, so its loss is 0
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
             if not indices:

@@ -31,7 +31,7 @@ from llama import KVCache, LLaMA
 from official.adapter_files import fill, write_adapters
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
-LOSS_ROWS = 256  # targets whose logits exist at once
+LOSS_ROWS = 256  # targets per chunk of LossInChunks
 
 
 @dataclass
@@ -76,7 +76,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even if LLaMA has kind "rep", as Table 2 counts
+        if cfg.vision and cfg.vit_adapters:  # the ViT gets MM-Adapters in any case: Table 2's counts say so
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -139,7 +139,7 @@ class LaVIN(nn.Module):
         """The loss of one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
 
         train.py divides the sum by the number of targets in the global batch, so the update does not depend
-        on how the batch is split. Released code: it does, because it averages the means of micro-batches.
+        on how the batch is split. The released code averages the means of micro-batches; there, it does.
         """
         return LossInChunks.apply(self.hidden(batch), self.llama.output.weight, batch.targets)
 
@@ -208,8 +208,8 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}); factor: p[R_s]
-            R_s = pick(p, temperature, top_p, random)  # [B]
+            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}); here for one s
+            R_s = pick(p, temperature, top_p, random)  # [B]; p[R_s] is the factor of this s
             ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
             if all(done):
@@ -230,7 +230,7 @@ class LaVIN(nn.Module):
 
 
 class LossInChunks(torch.autograd.Function):
-    """Eq. (5), a few targets at a time. For 7B, all logits of a micro-batch would take 110 MB, three times.
+    """negative_log_likelihood(hidden, W, targets) with less memory: logits exist for LOSS_ROWS targets only.
 
     `forward` computes the gradient of each chunk as well, while its logits exist; `backward` passes it on.
     """
@@ -268,7 +268,7 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, store: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base has other sizes, or other weights unless `any_base`. store: as for from_pretrained.
+    ValueError if the base has other sizes, or other weights unless `any_base`. store: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})

@@ -9,11 +9,10 @@ There are three ways through the blocks. `forward` trains on whole sequences, pa
 padding. `prefill` reads prompts into a cache. `decode` reads one more token per row. The three differ only in
 which keys a query may see: each hands its own function `attend(layer, q, k, v)` to the blocks.
 
-What one block keeps of a token for the backward pass: the block's input, q, k, v, the attention's output, the
-sum after the attention, the two products w1 x and w3 x of the feed-forward layer, and the log of each head's
-softmax denominator, from which fused attention recomputes its softmax. Frozen projections keep nothing,
-because their weights need no gradient. Norms, adapters and silu(w1 x) are recomputed. The ViT's blocks do the
-same, with c_fc's output in their place.
+What one block keeps of a token for the backward pass: its input x; q, k and v; the attention's output, and
+for each head the log of the softmax's denominator, from which fused attention gets the softmax again; x after
+the attention; w1 x and w3 x of the feed-forward layer (in the ViT, the output of c_fc). The rest is
+recomputed: norms, adapters, silu(w1 x). The frozen matrices need no gradient, so they keep nothing.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.
@@ -113,7 +112,7 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> tuple:
         """Store k, v [B, T, G, D] at positions [B or 1, T]; return all keys and values, [B, filled, G, D]."""
         keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
-        keys[self.rows, positions] = k
+        keys[self.rows, positions] = k  # keys[b, positions[b, t]] = k[b, t]
         values[self.rows, positions] = v
         return keys[:, :self.filled], values[:, :self.filled]
 
@@ -247,5 +246,8 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, store=None) -> "LLaMA":
-        """Read official weights; errors name the file. store: what --bits 4 or --shard do to modules read."""
+        """Read official weights; ValueError or FileNotFoundError if bad.
+
+        store: called on each module once it is read; packs it (--bits 4) or spreads it over GPUs (--shard)
+        """
         return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, store)

@@ -123,7 +123,7 @@ def main() -> None:
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
     fast_decode = None  # adapters cannot be folded into matrices in 4 bits: LaVIN.decode makes the steps
     if cfg.bits == 16:
-        fast_decode = FastStep(model.fold(*modalities))  # LaVIN.decode for one row, in fewer operations
+        fast_decode = FastStep(model.fold(*modalities))  # LaVIN.decode written out for one row: same logits
     if cfg.compile:
         from speed.compiling import compile_step
         started, fast_decode = time.time(), compile_step(model)

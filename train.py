@@ -73,11 +73,11 @@ class Config:
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
-    checkpoint: bool = False  # save memory by computing each block again in the backward pass; 1.4 x the work
+    checkpoint: bool = False  # gradient checkpointing: keep less, compute each block twice; 1.4 x the work
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
-    shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); without a test afterwards
+    shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); answers no split afterwards
     workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
     log_every: int = 10  # [1, inf) steps between log lines
     save_every: int = 100  # [1, inf) steps between checkpoints
@@ -112,7 +112,7 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
-    store = shard.storage(device.type, cfg.bits) if cfg.shard else nf4.storage(cfg.bits)  # None: as it is
+    store = shard.storage(device.type, cfg.bits) if cfg.shard else nf4.storage(cfg.bits)  # None: in dtype
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, store)
     llama.recompute_blocks = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
@@ -187,7 +187,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a): one step over theta_a alone
+        optimizer.step()  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a): a step towards the argmin
 
         done = step + 1
         if is_main:

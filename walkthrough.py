@@ -57,7 +57,7 @@ picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64,
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
 print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor, the first four numbers are shown. Below"
-      "\nthem stand those of tests/naive.py, which computes the same formulas in numpy.")
+      "\nthem are those of tests/naive.py, which computes the same formulas in numpy.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -65,7 +65,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Here, Z is the text of the input, without X', after layer 0's norm; w is layer 0's for images.")
+print("To keep it short, Z is only the text, normalised for layer 0; w is layer 0's pair for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -93,8 +93,8 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. f_phi is the frozen LLM, phi_d, phi_u are the adapter's", freeze_base, train.train)
-print("Does the gradient reach the ViT's first adapter, farthest from the loss L of 'The answer is B.'?\n"
-      "Add a number e to every entry of its phi_d.bias. naive.py estimates dL/de by finite differences.")
+print("Does the loss, here of the wrong answer 'The answer is B.', reach the farthest adapter, in the ViT?\n"
+      "Add e to every entry of its phi_d.bias. naive.py estimates dL/de by finite differences.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
