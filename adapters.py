@@ -24,8 +24,9 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: if g_T and g_I are the gradients from text and from images, phi_u1 gets w_0(text) g_T +
-w_0(image) g_I, and phi_u2 the same with w_1. E_m and f_w start at random, so these two sums differ.
+not stay equal: let g_T and g_I be the gradients of the mixed phi_u, from text and from images. Then phi_u1
+gets w_0(text) g_T + w_0(image) g_I, and phi_u2 gets w_1(text) g_T + w_1(image) g_I. E_m and f_w start at
+random, so the two differ from the first step on.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -74,7 +75,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives, drawn in data.py. (`recompute` needs it twice.)"""
+    """h [B, T, r]; mask: True where a unit survives. Given, as `recompute` must drop the same units again."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -149,14 +150,14 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """theta_a of Eq. (4): every parameter below a module whose name starts with `adapter_`."""
+    """The parameters theta_a of Eq. (4): those below a module whose name starts with `adapter_`."""
     return {name: p for name, p in model.named_parameters() if "adapter_" in name}
 
 
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Freeze all but adapters, neck (adapter_proj) and E_m; return the parameters that train, by name."""
+    """Let gradients reach only theta_a: adapters, neck (adapter_proj) and E_m. Return them by name."""
     for name, p in model.named_parameters():
-        p.requires_grad_("adapter_" in name)  # Eq. (4): theta_a* = argmin L(..; theta_a): theta_a alone
+        p.requires_grad_("adapter_" in name)  # all but theta_a is frozen
     return trainable(model)
 
 

@@ -91,7 +91,7 @@ class Block(nn.Module):
 
         Released code: the router reads z[0], so token i of every image is routed by token i of the first.
         Probably z[:, 0], every image's [cls], was meant. Here: each image is routed by its own [cls].
-        Adapters that the authors released learned the former. official/released.py reads them with routed_by
+        The authors' released adapters were trained with z[0]. official/released.py loads them with routed_by
         "token": each token routes itself, which is what their code does when it answers about a single image.
         """
         z = self.ln_1(x)
@@ -143,9 +143,6 @@ class VisionTransformer(nn.Module):
         """Read official weights; ValueError or FileNotFoundError if something is wrong."""
         return weights.load(cls, CLIPConfig, weights.read_clip, path, device, dtype)
 
-
-# ---------------------------------------------------------------------------------------------------
-# images
 
 # CLIP was trained with its own mean and std. The released code uses ImageNet's, and so does --recipe paper.
 MEAN_STD = {

@@ -62,7 +62,7 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
     """Training examples of at most max_len tokens; counts of samples kept, cut, dropped, with a picture.
 
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len. Both leave no target;
-    in the released code the loss then turns NaN. Released code: t_m counts, so our max_len 512 is its 513.
+    in the released code the loss then turns NaN. Its max_len counts t_m, ours does not.
     """
     examples, count = [], {"kept": 0, "cut": 0, "dropped": 0, "with a picture": 0}
     for sample in samples:
@@ -172,8 +172,8 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank, because the largest one
-    decides the peak memory. All ranks get equally many micro-batches, because with --shard every forward pass
-    collects the blocks from all ranks; some micro-batches may be empty.
+    decides the peak memory. All ranks get equally many micro-batches, so some may be empty: with --shard, all
+    ranks must take part in every forward pass, because each holds a part of the weights.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)

@@ -76,7 +76,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # the ViT gets MM-Adapters in any case: Table 2's counts say so
+        if cfg.vision and cfg.vit_adapters:  # always MM-Adapters: only so Table 2's fourth row has 2.9M
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -139,9 +139,9 @@ class LaVIN(nn.Module):
         """The loss of one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
 
         train.py divides the sum by the number of targets in the global batch, so the update does not depend
-        on how the batch is split. The released code averages the means of micro-batches; there, it does.
+        on how the batch is split. The released code averages the means of micro-batches, so its update does.
         """
-        return LossInChunks.apply(self.hidden(batch), self.llama.output.weight, batch.targets)
+        return LossInChunks.apply(self.hidden(batch), self.llama.output.weight, batch.targets)  # by Eq. (5)
 
     @torch.no_grad()
     def fold(self, *modalities: int) -> "LaVIN":

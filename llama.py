@@ -9,11 +9,6 @@ There are three ways through the blocks. `forward` trains on whole sequences, pa
 padding. `prefill` reads prompts into a cache. `decode` reads one more token per row. The three differ only in
 which keys a query may see: each hands its own function `attend(layer, q, k, v)` to the blocks.
 
-What one block keeps of a token for the backward pass: its input x; q, k and v; the attention's output, and
-for each head the log of the softmax's denominator, from which fused attention gets the softmax again; x after
-the attention; w1 x and w3 x of the feed-forward layer (in the ViT, the output of c_fc). The rest is
-recomputed: norms, adapters, silu(w1 x). The frozen matrices need no gradient, so they keep nothing.
-
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.
 """
@@ -150,6 +145,12 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """For the backward pass, a block keeps of each token: x before and after the attention; q, k, v; the
+    attention's output, and the log of the softmax's denominator for each head; w1 x and w3 x (in the ViT, the
+    output of c_fc). Norms, adapters and silu(w1 x) are recomputed. The frozen matrices need no gradient, so
+    their inputs are not kept.
+    """
+
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
         self.attention, self.feed_forward = Attention(cfg, layer), FeedForward(cfg)

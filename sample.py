@@ -8,7 +8,7 @@
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
 image and the turns. A chat is one row: head, X', prompt, answer, prompt, answer, prompt; if it gets too long,
-the oldest turns go. Prompts are written as in training: like ScienceQA's, or "Instruction: ..\nResponse:".
+the oldest turns go. Prompts look as in training: like ScienceQA's if --data had it, else "Instruction: ..".
 """
 import sys
 import time
@@ -123,7 +123,7 @@ def main() -> None:
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
     fast_decode = None  # adapters cannot be folded into matrices in 4 bits: LaVIN.decode makes the steps
     if cfg.bits == 16:
-        fast_decode = FastStep(model.fold(*modalities))  # LaVIN.decode written out for one row: same logits
+        fast_decode = FastStep(model.fold(*modalities))  # LaVIN.decode for one row, with fewer calls to torch
     if cfg.compile:
         from speed.compiling import compile_step
         started, fast_decode = time.time(), compile_step(model)

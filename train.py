@@ -77,7 +77,7 @@ class Config:
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
-    shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); answers no split afterwards
+    shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); no test after training
     workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
     log_every: int = 10  # [1, inf) steps between log lines
     save_every: int = 100  # [1, inf) steps between checkpoints
@@ -112,7 +112,8 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
-    store = shard.storage(device.type, cfg.bits) if cfg.shard else nf4.storage(cfg.bits)  # None: in dtype
+    # a function that shards or packs each module once it is read; None: keep it as it is
+    store = shard.storage(device.type, cfg.bits) if cfg.shard else nf4.storage(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, store)
     llama.recompute_blocks = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
@@ -158,7 +159,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
     say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {dataset.per_epoch} per "
         f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = "
-        f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}{'; sharded, so no split is answered' * cfg.shard}")
+        f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}{'; sharded, so without a test' * cfg.shard}")
 
     # all gradients and the loss lie in one buffer, so one all-reduce sums them; p.grad are views of it
     buffer = torch.zeros(n_params + 1, device=device)
@@ -177,9 +178,9 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         buffer.zero_()
         for batch in micro_batches:
             with model.autocast():
-                loss = model(batch.to(device)) / n_targets  # L: this micro-batch's part of the global mean
-            loss.backward()
-            loss_sum += loss.detach()
+                L = model(batch.to(device)) / n_targets  # this micro-batch's part of the global mean
+            L.backward()
+            loss_sum += L.detach()
         if ranks > 1:
             dist.all_reduce(buffer)  # sum
         squared_norm = gradients.square().sum()
@@ -187,7 +188,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a): a step towards the argmin
+        optimizer.step()  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of theta_a alone
 
         done = step + 1
         if is_main:

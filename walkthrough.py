@@ -14,7 +14,7 @@ import clip
 import lavin
 import llama
 import train
-from adapters import MMAdapter, freeze_base, trainable
+from adapters import MMAdapter, trainable
 from data import Sample, collate, encode
 from lavin import IMAGE, LaVIN, Neck
 from official.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("To keep it short, Z is only the text, normalised for layer 0; w is layer 0's pair for images.")
+print("Here, Z is the prompt without X', embedded and normalised; (w_0, w_1) is layer 0's for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -92,9 +92,9 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "what trains. f_phi is the frozen LLM, phi_d, phi_u are the adapter's", freeze_base, train.train)
-print("Does the loss, here of the wrong answer 'The answer is B.', reach the farthest adapter, in the ViT?\n"
-      "Add e to every entry of its phi_d.bias. naive.py estimates dL/de by finite differences.")
+equation(4, "what trains. f_phi is the frozen LLM, phi_d, phi_u are the adapter's", train.train)
+print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? Add e to each entry of its\n"
+      "phi_d.bias; naive.py estimates dL/de by finite differences. L is that of a wrong answer, see Eq. (5).")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
