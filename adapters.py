@@ -24,9 +24,9 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: let g_T and g_I be the gradients of the mixed phi_u, from text and from images. Then phi_u1
-gets w_0(text) g_T + w_0(image) g_I, and phi_u2 gets w_1(text) g_T + w_1(image) g_I. E_m and f_w start at
-random, so the two differ from the first step on.
+not stay equal: let g_T and g_I be the loss's gradients with respect to w_0 phi_u1 + w_1 phi_u2, from text and
+from images. Then phi_u1 gets w_0(text) g_T + w_0(image) g_I, and phi_u2 gets w_1(text) g_T + w_1(image) g_I.
+E_m and f_w start at random, so the two differ from the first step on.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -75,7 +75,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives. Given, as `recompute` must drop the same units again."""
+    """h [B, T, r]; mask: True where a unit survives. Not drawn here: `recompute` runs this twice."""
     return h if mask is None else h * mask / (1 - p)
 
 

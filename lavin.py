@@ -76,7 +76,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # always MM-Adapters: only so Table 2's fourth row has 2.9M
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep": Table 2's 2.9M counts them
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -230,7 +230,7 @@ class LaVIN(nn.Module):
 
 
 class LossInChunks(torch.autograd.Function):
-    """negative_log_likelihood(hidden, W, targets) with less memory: logits exist for LOSS_ROWS targets only.
+    """negative_log_likelihood(hidden, W, targets) with less memory: only LOSS_ROWS rows of logits at a time.
 
     `forward` computes the gradient of each chunk as well, while its logits exist; `backward` passes it on.
     """

@@ -146,9 +146,9 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """For the backward pass, a block keeps of each token: x before and after the attention; q, k, v; the
-    attention's output, and the log of the softmax's denominator for each head; w1 x and w3 x (in the ViT, the
-    output of c_fc). Norms, adapters and silu(w1 x) are recomputed. The frozen matrices need no gradient, so
-    their inputs are not kept.
+    attention's output, and for each head the log-sum-exp of the scores, which flash attention keeps in place
+    of all probabilities; w1 x and w3 x (in the ViT, the output of c_fc). Norms, adapters and silu(w1 x) are
+    recomputed. The frozen matrices need no gradient, so their inputs are not kept.
     """
 
     def __init__(self, cfg: LLaMAConfig, layer: int):

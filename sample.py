@@ -23,7 +23,7 @@ from official.images import open_image
 from official.tokenizer import Tokenizer
 from speed import nf4
 from speed.machine import Meter
-from speed.step import FastStep
+from speed.step import FastStep, folded_step
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -54,7 +54,7 @@ def answer(conversation: Conversation, fast_decode: FastStep | None, prompt: str
     """Print the answer to one prompt as it is generated, and keep it as a turn."""
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
-    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # one row: image, turns that fit, prompt
+    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # X', turns that fit, prompt
     ids = []  # of the answer
     meter = Meter(model, batch.lengths[0])
     sampling = cfg.temperature, cfg.top_p, cfg.seed
@@ -121,9 +121,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    fast_decode = None  # adapters cannot be folded into matrices in 4 bits: LaVIN.decode makes the steps
-    if cfg.bits == 16:
-        fast_decode = FastStep(model.fold(*modalities))  # LaVIN.decode for one row, with fewer calls to torch
+    # LaVIN.decode for one row, with fewer calls to torch; None in 4 bits, where adapters cannot be folded
+    fast_decode = folded_step(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step
         started, fast_decode = time.time(), compile_step(model)

@@ -130,6 +130,7 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, li
     """Model, tokenizer, training examples, test problems. A source is one of the data sets in --data."""
     datasets = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision))
                 for source in prompts.mixture(cfg.data)]
+    # answered after training: the first data set in ScienceQA's layout, such as the small world
     tested = next((source for source, _ in datasets if source.kind == "scienceqa" and cfg.split), None)
     tests = tested.read(cfg.split, cfg.format, cfg.captions, cfg.vision) if tested else []
     model, tokenizer = build(cfg, device, dtype)

@@ -65,7 +65,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Here, Z is the prompt without X', embedded and normalised; (w_0, w_1) is layer 0's for images.")
+print("Here, Z is layer 0's input for [BOS] 'Image: ' (3 tokens) and the prompt (17); w is that for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -93,8 +93,8 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. f_phi is the frozen LLM, phi_d, phi_u are the adapter's", train.train)
-print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? Add e to each entry of its\n"
-      "phi_d.bias; naive.py estimates dL/de by finite differences. L is that of a wrong answer, see Eq. (5).")
+print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? A number e is added to each\n"
+      "entry of its phi_d.bias: dL/de by autograd, by finite differences. L: of the wrong answer below.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
