@@ -13,7 +13,7 @@ test: .venv/ready-dev  ## all tests, on the CPU, offline
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-experiments: .venv/ready  ## the claims of experiments/README.md, about 40 minutes on 2 cores; a stopped run goes on
+experiments: .venv/ready  ## the claims of experiments/README.md, 30 to 60 minutes on 2 cores; a stopped run goes on
 	for name in table2 routing mixture cost; do $(BIN)/python -m experiments.$$name || exit 1; done
 	$(BIN)/python -m experiments.report
 
@@ -26,7 +26,7 @@ experiments: .venv/ready  ## the claims of experiments/README.md, about 40 minut
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-torture: .venv/ready-dev  ## kills, mutated files, odd flags, full disks, other Pythons: half an hour and 6 GB of disk
+torture: .venv/ready-dev  ## kills, mutated files, odd flags, full disks, other Pythons: 12 to 30 minutes, 6 GB of disk
 	$(BIN)/python -m tests.torture
 
 clean:  ## forget the environment, the generated data and the runs

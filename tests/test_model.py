@@ -285,6 +285,9 @@ def test_chunked_loss_equals_the_whole_one(lavin, monkeypatch):
         monkeypatch.setattr(lavin_module, "LOSS_ROWS", rows)
         assert close(lavin(batch).detach(), loss.detach())
         assert all(close(g, expected[n]) for n, g in gradients(lavin, batch).items())
+        lavin.zero_grad(set_to_none=True)
+        (lavin(batch) / 4).backward()  # train.py divides by the number of targets
+        assert all(close(p.grad, expected[n] / 4) for n, p in trainable(lavin).items() if p.grad is not None)
 
 
 def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):

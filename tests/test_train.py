@@ -78,9 +78,15 @@ def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path,
     moved = max(x.abs().max().item() for n, x in one.items() if "phi_u" in n)
     assert moved > 1e-4, "nothing was learned, so nothing was compared"
     assert same_bits(tmp_path / "two", tmp_path / "ranks")  # two processes compute the same sums as one
+    logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+            for name in ("one", "two", "many", "ranks")}
+    assert logs["one"][-1]["loss"] < 1.1 * logs["one"][0]["loss"]  # a mean, not a sum over the steps
     # Adam moves no parameter further than the sum of the learning rates
-    whole = sum(json.loads(line)["lr"] for line in open(tmp_path / "one/log.jsonl"))
+    whole = sum(row["lr"] for row in logs["one"])
     for name in ("two", "many", "ranks"):
+        for row, expected in zip(logs[name], logs["one"], strict=True):
+            for key in ("loss", "grad_norm"):
+                assert abs(row[key] - expected[key]) < 1e-3 * expected[key], f"{name}: {key}"
         other = adapters(tmp_path / name)
         for n in one:
             assert (one[n] - other[n]).abs().max() < (whole / 100 if ".f_w." in n else 1e-6), f"{name}: {n}"
