@@ -109,6 +109,18 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks():
     assert steps.chosen(0) != steps.chosen(7)  # another order in the next epoch
 
 
+def test_dropout_masks_depend_on_the_step():
+    examples = [data.encode(sample(), Words(), 0)]  # one sample, so each step has the same
+    sampler = data.MaskSampler(p=0.5, r=8, layers=4, vit_blocks=0, vit_tokens=0)
+
+    def mask(seed, step):
+        (batch,), _ = data.Steps(examples, 1, 1, 0, 1, seed, 0, "clip", sampler)[step]
+        return batch.llama_dropout_mask
+
+    assert torch.equal(mask(0, 1), mask(0, 1))
+    assert not torch.equal(mask(0, 1), mask(0, 2)) and not torch.equal(mask(0, 1), mask(1, 1))
+
+
 def test_ranks_carry_nearly_equal_loads():
     lengths = [30 + (37 * i) % 400 for i in range(32)]
     hands = data.split_batch(list(range(32)), lengths, ranks=8, micro_batch=4)

@@ -49,6 +49,14 @@ def test_eq2_eq3_mm_adapter_and_router():
         assert close(a(z, w[:, None])[row].detach(), expected)
 
 
+def test_the_routers_softmax_runs_in_fp32():
+    a, t = adapter(MMAdapter, tau=5.0), torch.randn(3, 12, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        w, logits = a.route(t), a.f_w(t)
+    assert logits.dtype == torch.bfloat16 and w.dtype == torch.float32
+    assert torch.equal(w, torch.softmax(logits.float() / 5, -1))
+
+
 def test_eq1_modality_token_is_a_row_of_the_modality_embedding(lavin):
     with torch.no_grad():
         w = lavin.routing_weights()  # [L, 2, 2]

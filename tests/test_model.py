@@ -300,6 +300,12 @@ def test_sampling_keeps_the_nucleus_and_follows_the_seed(lavin):
     assert draws == [pick(p, 1.0, 0.75, torch.Generator().manual_seed(s)).item() for s in range(300)]
 
 
+def test_the_largest_random_number_draws_a_token(monkeypatch):
+    from lavin import pick
+    monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.ones(shape))  # as rounding may make it
+    assert pick(torch.tensor([[0.2, 0.3, 0.5]]), 1.0, 1.0, torch.Generator()).item() in (0, 1, 2)
+
+
 def test_dropout_depends_on_the_seed_of_each_sample():
     rows = [([5] * 100, 1, True)] * 40
     keep, again = masks(rows, range(40), p=0.1), masks(rows[:3], (0, 7, 2), p=0.1)

@@ -229,6 +229,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_world, tmp_path, monkeypa
         assert all(x.isfinite().all() for x in saved.values())
 
 
+def test_weight_decay_shrinks_matrices_only():
+    params = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "vector": torch.nn.Parameter(torch.ones(2))}
+    optimizer = train.optimizer_for(params, train.Config(weight_decay=0.1))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for p in params.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.allclose(params["matrix"], torch.tensor(0.95)) and params["vector"].eq(1).all()
+
+
+@pytest.mark.parametrize("largest", [0, 1e-3, 1e6])
+def test_the_gradient_is_clipped_to_its_largest_norm(small_world, tmp_path, monkeypatch, largest):
+    run(monkeypatch, flags(small_world, tmp_path, steps=1, clip_grad=largest))
+    norm = json.loads((tmp_path / "log.jsonl").read_text())["grad_norm"]  # before clipping
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()
+    used = sum(s["exp_avg"].square().sum() for s in state).sqrt().item() / 0.1  # beta1 is 0.9
+    assert used == pytest.approx(1e-3 if largest == 1e-3 else norm, rel=1e-3)
+
+
 def test_the_paper_recipe_has_the_papers_values():
     cfg = cli.parse(train.Config, train.RECIPES, ["--recipe", "paper"])
     assert (cfg.epochs, cfg.batch_size, cfg.weight_decay, cfg.warmup) == (20, 32, 0.02, 2)

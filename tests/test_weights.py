@@ -996,3 +996,17 @@ def test_random_weights_answer(tmp_path, command):
                           "--image", ROOT / "tiny" / "demo.png", "--prompt", "What is this?",
                           "--max_new_tokens", 6, main=sample.main)
     assert answer.strip() and "bfloat16" in err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("folder, model", [("tiny/llama", LLaMA), ("tiny/clip", VisionTransformer)])
+def test_a_base_with_values_that_are_not_finite_is_refused(tmp_path, folder, model, value):
+    shutil.copytree(ROOT / folder, tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="holds values that are not finite") as e:
+        model.from_pretrained(tmp_path / "base")
+    assert str(tmp_path / "base") in str(e.value)
