@@ -116,9 +116,11 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         # forward Q K^T and P V; backward Q K^T again and the gradients of P, V, Q and K. Each of these seven
         # products takes 2 S^2 d for a sequence of S tokens. The causal mask needs half of that.
         "attention": (14 if in_full else 7) * L * d * load.squares,
-        # forward, recomputed forward, gradients of input and weights. Without an image nothing before the
-        # first adapter trains, so its input needs no gradient.
-        "adapters": d * load.tokens * (L * 8 * (phi_d + phi_u) - 2 * phi_d * (not load.pictures)),
+        # forward, recomputed forward, gradients of input and weights. The phi_u of a plain RepAdapter is not
+        # recomputed, because the gradient needs its input only. Without an image nothing before the first
+        # adapter trains, so its input needs no gradient.
+        "adapters": d * load.tokens * (L * (8 * phi_d + (8 if mm else 6) * phi_u)
+                                       - 2 * phi_d * (not load.pictures)),
         "modality tokens": mm and modality_token_flops(d, d_kv, L, block, phi_d + phi_u) * load.forwards,
     }
     if checkpoint:  # forward of each block again, up to the input of its last matrix, w2 [d, ffn_dim]

@@ -132,6 +132,13 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_bytes() == b"old"
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(sorted(f.name for f in tmp_path.iterdir())))
+    saving.write_atomically(tmp_path / "x", b"new")
+    assert synced == [["x.part"]]
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank as Linux shows it")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_is_one_line_and_ends_the_others(data, tmp_path, victim):

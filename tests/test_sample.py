@@ -7,6 +7,7 @@ from conftest import ROOT, run_main
 from PIL import Image, ImageDraw
 
 import lavin
+import prompts
 import sample
 from evaluation import conversation
 from official import tokenizer
@@ -56,6 +57,13 @@ def test_own_picture(ask, tmp_path):
     image.save(tmp_path / "x.jpg")
     out, _ = ask("--image", tmp_path / "x.jpg", "--prompt", "What color is the square?")
     assert out.endswith(" The square is blue.\n")
+
+
+def test_five_options_are_recognised():
+    talk = object.__new__(conversation.Conversation)  # without a model
+    talk.meta = {"format": "QCM-A"}
+    prompt = talk.wrap("Which one? (A) a (B) b (C) c (D) d (E) e", "a hint")
+    assert prompt == prompts.build_prompt("Which one?", "a hint", list("abcde"), "QCM-A")
 
 
 def test_chat_keeps_picture_and_history(ask, monkeypatch):
