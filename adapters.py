@@ -75,7 +75,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives. Not drawn here: `recompute` runs this twice."""
+    """h [B, T, r]; mask: True where a unit survives. `recompute` calls this twice, with the same mask."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -92,7 +92,7 @@ class RepAdapter(nn.Module):
     def forward(self, z: torch.Tensor, w: None = None, dropout_mask=None) -> torch.Tensor:
         """z [B, T, d] -> z' [B, T, d]. w is ignored: a block calls both kinds of adapter alike."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
-        return z + self.cfg.scale * self.phi_u(h)
+        return z + self.cfg.scale * self.phi_u(h)  # the released code returns phi_u(h) alone
 
 
 class MMAdapter(nn.Module):
@@ -157,7 +157,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
     """Let gradients reach only theta_a: adapters, neck (adapter_proj) and E_m. Return them by name."""
     for name, p in model.named_parameters():
-        p.requires_grad_("adapter_" in name)  # all but theta_a is frozen
+        p.requires_grad_("adapter_" in name)  # so all but theta_a is frozen
     return trainable(model)
 
 

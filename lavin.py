@@ -105,7 +105,7 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens())
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of every sample that has an image, [.., n, C].
+        """X' of every sample with an image, [.., n, C]. (The released ViT sees a black one for each without.)
 
         Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
         In a chat, the batch already holds X': an image is not encoded again in every turn.

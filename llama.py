@@ -241,7 +241,7 @@ class LLaMA(nn.Module):
         """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state."""
         routing_weights = []
         for block in self.layers:
-            t, w = block.alone(t)
+            t, w = block.alone(t)  # without dropout; the released code has it here, too
             routing_weights.append(w)
         return torch.stack(routing_weights)
 

@@ -54,7 +54,7 @@ def answer(conversation: Conversation, fast_decode: FastStep | None, prompt: str
     """Print the answer to one prompt as it is generated, and keep it as a turn."""
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
-    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # X', turns that fit, prompt
+    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # X', the turns that fit, prompt
     ids = []  # of the answer
     meter = Meter(model, batch.lengths[0])
     sampling = cfg.temperature, cfg.top_p, cfg.seed

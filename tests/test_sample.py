@@ -62,7 +62,7 @@ def test_own_picture(ask, tmp_path):
 def test_five_options_are_recognised():
     talk = object.__new__(conversation.Conversation)  # without a model
     talk.meta = {"format": "QCM-A"}
-    prompt = talk.wrap("Which one? (A) a (B) b (C) c (D) d (E) e", "a hint")
+    prompt = talk.wrap("Which one? (A) a (B) b (C) c (D) d(E)e", "a hint")
     assert prompt == prompts.build_prompt("Which one?", "a hint", list("abcde"), "QCM-A")
 
 
