@@ -24,8 +24,8 @@ activation. Third, a trained adapter can be merged into the projection that foll
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: let g_T and g_I be the loss's gradients with respect to w_0 phi_u1 + w_1 phi_u2, from text and
-from images. Then phi_u1 gets w_0(text) g_T + w_0(image) g_I, and phi_u2 gets w_1(text) g_T + w_1(image) g_I.
+not stay equal: let U = w_0 phi_u1 + w_1 phi_u2, and g_T, g_I the gradients of the loss by U on text and on
+images. Then the gradient of phi_u1 is w_0(text) g_T + w_0(image) g_I, and that of phi_u2 the same with w_1.
 E_m and f_w start at random, so the two differ from the first step on.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
@@ -75,7 +75,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives. `recompute` calls this twice, with the same mask."""
+    """h [B, T, r]; mask: True where a unit survives. `recompute`, below, calls this twice with one mask."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -106,7 +106,7 @@ class MMAdapter(nn.Module):
         self.f_w = nn.Linear(d, 2)  # W_m and b_m; the paper's f_w includes the softmax
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """w [.., 2] in fp32. t [.., d]: t_m (LLaMA) or [cls] (ViT) in this layer, normalised as z is."""
+        """w [.., 2] in fp32. t [.., d]: t_m (LLaMA) or [cls] (ViT) in this layer, after the norm of z."""
         logits = self.f_w(t).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 

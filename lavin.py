@@ -105,7 +105,7 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens())
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of every sample with an image, [.., n, C]. (The released ViT sees a black one for each without.)
+        """X' of every sample with an image, [.., n, C]. Released code: a black image for others.
 
         Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
         In a chat, the batch already holds X': an image is not encoded again in every turn.
@@ -117,12 +117,12 @@ class LaVIN(nn.Module):
         return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.vit_dropout_mask))
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
-        """Z of each sample, [T, C]."""
+        """Z of each sample, [T, C]. Y is cut where X' goes: Y_head is [BOS] "Image: ", Y_rest the rest."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
         Z, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # [n or 0, C]
-            # as released, X' stands inside Y, behind [BOS] "Image: ". t_m is not here: LLaMA.route takes it
+            # as released, X' stands inside Y. t_m goes to LLaMA.route, because no other token sees it
             Z.append(torch.cat([Y_head, X_prime, Y_rest]))  # Eq. (7): Z = [t_m, X', Y]; text alone: [t_m, Y]
         return Z
 
@@ -139,7 +139,7 @@ class LaVIN(nn.Module):
         """The loss of one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
 
         train.py divides the sum by the number of targets in the global batch, so the update does not depend
-        on how the batch is split. The released code averages the means of micro-batches, so its update does.
+        on the split. The released code averages the means of micro-batches, so its update does depend on it.
         """
         return LossInChunks.apply(self.hidden(batch), self.llama.output.weight, batch.targets)  # by Eq. (5)
 

@@ -78,7 +78,7 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 def dot_product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **which_keys) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v; q [B, T, H, D], k and v [B, S, G, D] -> [B, T, H, D]"""
+    """softmax(q k^T / sqrt(D)) v; q [B, T, H, D], k, v [B, S, G, D]; which_keys: is_causal or attn_mask"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or G, .., D]
     y = F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] < q.shape[1], **which_keys)
     return y.transpose(1, 2)
@@ -145,10 +145,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """For the backward pass, a block keeps of each token: x before and after the attention; q, k, v; the
-    attention's output, and for each head the log-sum-exp of the scores, which flash attention keeps in place
-    of all probabilities; w1 x and w3 x (in the ViT, the output of c_fc). Norms, adapters and silu(w1 x) are
-    recomputed. The frozen matrices need no gradient, so their inputs are not kept.
+    """Attention, then feed-forward layer. For the backward pass, a block keeps of each token: x before and
+    after the attention; q, k, v; the attention's output, and for each head the log-sum-exp of the scores,
+    which flash attention keeps in place of all probabilities; w1 x and w3 x (in the ViT, the output of c_fc).
+    Norms, adapters and silu(w1 x) are recomputed. The frozen matrices keep nothing.
     """
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
@@ -188,7 +188,7 @@ class LLaMA(nn.Module):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
-        """Training: x [1, T, C] holds sequences of these lengths, end to end. Without lengths: one per row.
+        """Training: one row, x [1, T, C], holds sequences of these lengths. Without lengths: one in each row.
 
         x             embeddings [B, T, C], or token ids [B, T]
         w             routing weights of every layer: a pair per token [L, 1, T, 2], or per row [L, B, 1, 2]
@@ -219,8 +219,8 @@ class LLaMA(nn.Module):
     def decode(self, x, w, cache: KVCache) -> torch.Tensor:
         """Read one more token of each row, x [B, 1, C] -> [B, 1, C]"""
         positions = cache.grow()[:, None]  # [B, 1]
-        seen = torch.arange(cache.filled, device=x.device) <= positions  # [B, S]
-        mask = seen[:, None, None] if len(x) > 1 else None  # a single row sees all its slots
+        seen = torch.arange(cache.filled, device=x.device) <= positions  # [B, filled]
+        mask = seen[:, None, None] if len(x) > 1 else None  # one row sees all that is filled
 
         def attend(layer, q, k, v):
             return dot_product_attention(q, *cache.update(layer, k, v, positions), attn_mask=mask)

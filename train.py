@@ -4,10 +4,10 @@
     python train.py --recipe paper --llama LLaMA-7B --clip ViT-L-14 --data ScienceQA       one GPU
     torchrun --nproc_per_node 8 train.py --recipe paper ..                                 eight GPUs
 
-Data parallelism is done by hand, without DistributedDataParallel. A global batch is split over the ranks, and
-on each rank into micro-batches, one per accumulation step. Each rank adds up the gradients of its samples,
-one all-reduce sums the few million adapter gradients over the ranks, and every rank takes the same optimizer
-step. However a batch is split, the update is the same, apart from rounding.
+Data parallelism is done by hand, without DistributedDataParallel. A global batch mixes samples with and
+without an image. It is split over the ranks, and on each rank into micro-batches, one per accumulation step.
+Each rank adds up the gradients of its samples, one all-reduce sums the adapters' gradients over the ranks,
+and every rank takes the same step. However a batch is split, the update is the same, apart from rounding.
 
 The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl, and curve.png, a chart of the log.
 --resume goes on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
