@@ -49,9 +49,7 @@ class AdapterConfig:
 
 
 def xavier(linear: nn.Linear) -> nn.Linear:
-    """Initialise with a Xavier-uniform weight and a zero bias."""
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    nn.init.xavier_uniform_(linear.weight), nn.init.zeros_(linear.bias)
     return linear
 
 
@@ -80,8 +78,7 @@ def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tenso
 
 
 class RepAdapter(nn.Module):
-    """One adapter on its own, as in the first rows of Table 2: z + s f_a(z), with f_a(z) = phi_u(phi_d(z)).
-    """
+    """One adapter on its own, as in the first rows of Table 2: z + s f_a(z), f_a(z) = phi_u(phi_d(z))"""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
@@ -150,15 +147,14 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters theta_a of Eq. (4): those below a module whose name starts with `adapter_`."""
+    """theta_a of Eq. (4): adapters, neck (adapter_proj) and E_m. Their modules' names begin with adapter_."""
     return {name: p for name, p in model.named_parameters() if "adapter_" in name}
 
 
-def freeze_base(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Let gradients reach only theta_a: adapters, neck (adapter_proj) and E_m. Return them by name."""
+def freeze_base(model: nn.Module) -> None:
+    """Let gradients reach only theta_a; all other parameters are frozen."""
     for name, p in model.named_parameters():
-        p.requires_grad_("adapter_" in name)  # so all but theta_a is frozen
-    return trainable(model)
+        p.requires_grad_("adapter_" in name)
 
 
 def recompute(f, *args):

@@ -14,11 +14,10 @@ not in the sequence (see adapters.py).
 Everything random here depends only on (seed, epoch) or (seed, step, sample). So neither splitting a batch
 over processes or micro-batches nor resuming a run changes the result.
 """
-import hashlib
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,20 +78,11 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
     return examples, count
 
 
-def fingerprint(examples: list[Example]) -> str:
-    """A hash of all token ids and image names: --resume compares it."""
-    digest = hashlib.sha256()
-    for e in examples:
-        image = e.sample.image.name if e.sample.image else ""
-        digest.update(f"{e.head} {e.n_prompt} {image}".encode() + e.rest.tobytes())
-    return digest.hexdigest()[:16]
-
-
 class Batch(NamedTuple):
     """B samples. `tokens` are ids of text; LaVIN.embed inserts X'. `lengths` and `predict_at` count X', too.
 
     Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
-    In training they form a row of 70 tokens, and predict_at are positions in it. To answer, they are padded.
+    Packed end to end, without padding, they are a row of 70 tokens. predict_at are positions in that row.
     """
     tokens: torch.Tensor  # ids of heads and rests, sample after sample
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
@@ -110,20 +100,18 @@ class Batch(NamedTuple):
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
 
 
-def collate(examples: list[Example], image_size: int, normalize: str,
-            image_embeds: torch.Tensor | None = None) -> Batch:
+def collate(examples: list[Example], image_size: int, normalize: str, image_embeds=None) -> Batch:
     """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
-    tokens = np.concatenate([ids for e in examples for ids in (e.head, e.rest)])
-    part_lengths = [len(ids) for e in examples for ids in (e.head, e.rest)]
-    predict_at, targets, begin = [], [], 0
+    predict_at, begin = [], 0
     for e in examples:
         predict_at.append(np.arange(begin + e.start - 1, begin + e.length - 1))
-        targets.append(e.rest[e.n_prompt:])
         begin += e.length
-    predict_at, targets = np.concatenate(predict_at), np.concatenate(targets)
-    tokens, predict_at, targets = (torch.tensor(x, dtype=torch.long) for x in (tokens, predict_at, targets))
-    lengths, modality = [e.length for e in examples], [int(e.n_visual > 0) for e in examples]
-    batch = Batch(tokens, part_lengths, lengths, modality, predict_at, targets, image_embeds=image_embeds)
+    joined = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    batch = Batch(tokens=joined([ids for e in examples for ids in (e.head, e.rest)]),
+                  part_lengths=[len(ids) for e in examples for ids in (e.head, e.rest)],
+                  lengths=[e.length for e in examples], modality=[int(e.n_visual > 0) for e in examples],
+                  predict_at=joined(predict_at), targets=joined([e.rest[e.n_prompt:] for e in examples]),
+                  image_embeds=image_embeds)
     files = [e.sample.image for e in examples if e.n_visual]
     if not files or image_embeds is not None:
         return batch
@@ -147,12 +135,9 @@ class MaskSampler(NamedTuple):
     @classmethod
     def of(cls, model) -> "MaskSampler | None":
         """A sampler of masks for this model; None if it trains without dropout."""
-        cfg = model.cfg.adapter
-        if not cfg.dropout:
-            return None
-        vit = model.vit if model.cfg.vit_adapters else None
+        cfg, vit = model.cfg.adapter, model.vit if model.cfg.vit_adapters else None
         blocks, tokens = (vit.cfg.layers, len(vit.positional_embedding)) if vit else (0, 0)
-        return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens)
+        return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
 
     def draw(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
         """The two masks of a Batch, by name; one seed per sample."""
@@ -162,10 +147,9 @@ class MaskSampler(NamedTuple):
             llama.append(random.random((self.layers, e.length, self.r), np.float32) >= self.p)
             if e.n_visual:
                 vit.append(random.random((self.vit_blocks, self.vit_tokens, self.r), np.float32) >= self.p)
-        masks = {"llama_dropout_mask": torch.from_numpy(np.concatenate(llama, axis=1)[:, None])}
-        if vit and self.vit_blocks:
-            masks["vit_dropout_mask"] = torch.from_numpy(np.stack(vit, axis=1))
-        return masks
+        vit = torch.from_numpy(np.stack(vit, axis=1)) if vit and self.vit_blocks else None
+        return dict(llama_dropout_mask=torch.from_numpy(np.concatenate(llama, axis=1)[:, None]),
+                    vit_dropout_mask=vit)
 
 
 def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
@@ -202,15 +186,12 @@ class Steps(torch.utils.data.Dataset):
         self.image_size, self.normalize, self.dropout = image_size, normalize, dropout
         self.lengths = [e.length for e in examples]
         self.per_epoch = math.ceil(len(examples) / batch_size)
-        self.epoch, self.order = None, None
 
     def chosen(self, step: int) -> list[int]:
-        """Indices of the samples of the global batch."""
+        """Indices of the samples of the global batch. Every epoch has its own order."""
         epoch, k = divmod(step, self.per_epoch)
-        if self.epoch != epoch:  # shuffling a million samples takes 20 ms: once per epoch
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
-            self.epoch, self.order = epoch, order
-        return self.order[k * self.batch_size: (k + 1) * self.batch_size].tolist()
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+        return order[k * self.batch_size: (k + 1) * self.batch_size].tolist()
 
     def __getitem__(self, step: int) -> tuple[list[Batch], int]:
         chosen = self.chosen(step)
@@ -226,12 +207,3 @@ class Steps(torch.utils.data.Dataset):
                 batch = batch._replace(**self.dropout.draw(examples, [[self.seed, step, i] for i in indices]))
             batches.append(batch)
         return batches, n_targets
-
-
-def prefetch(steps: Steps, which: range, workers: int, pin_memory: bool) -> Iterator[tuple[list[Batch], int]]:
-    """Items of `steps`, prepared by worker processes. If a worker fails, only its message is raised."""
-    try:
-        yield from torch.utils.data.DataLoader(steps, batch_size=None, sampler=which, num_workers=workers,
-                                               pin_memory=pin_memory)
-    except (ValueError, OSError) as e:
-        raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None

@@ -20,7 +20,6 @@ from typing import Callable, Iterator
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 import adapters
 import weights
@@ -31,7 +30,7 @@ from llama import KVCache, LLaMA
 from official.adapter_files import fill, write_adapters
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
-LOSS_ROWS = 256  # targets per chunk of LossInChunks
+LOSS_ROWS = 256  # targets per chunk of the loss
 
 
 @dataclass
@@ -58,11 +57,31 @@ class Neck(nn.Module):
         return self.W_u(F.silu(self.W_d(X)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
-def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """hidden [targets, C], W [V, C] -> fp32 scalar. targets: the ids R_s^i of all responses, EOS included"""
+def loss_and_gradient(hidden: torch.Tensor, W: torch.Tensor, R: torch.Tensor) -> tuple:
+    """L of hidden states [targets, C], W [V, C] and target ids R [targets], EOS included; and dL/dhidden."""
     log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
-    log_p = log_p.gather(1, targets[:, None])  # log p(R_s^i | ..), [targets, 1]
-    return -log_p.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
+    log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | ..), [targets, 1]
+    L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
+    dL_dlogits = log_p.exp_().scatter_add_(1, R[:, None], -torch.ones_like(log_p_R))  # p, less 1 at R
+    return L, (dL_dlogits.type_as(W) @ W).type_as(hidden)
+
+
+class NegativeLogLikelihood(torch.autograd.Function):
+    """Eq. (5) for LOSS_ROWS targets at a time, because all logits at once would take much memory.
+
+    `forward` computes the gradient as well, so that the logits need not be kept or computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, W, targets):
+        chunks = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS))
+        losses, gradients = zip(*(loss_and_gradient(h, W, R) for h, R in chunks))
+        ctx.save_for_backward(torch.cat(gradients))
+        return sum(losses)
+
+    @staticmethod
+    def backward(ctx, dL):
+        return dL * ctx.saved_tensors[0], None, None
 
 
 class LaVIN(nn.Module):
@@ -80,7 +99,6 @@ class LaVIN(nn.Module):
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
-        self.folded = {}  # empty: LLaMA has its adapters. After `fold`: {modality: [(W, b) of every layer]}
         adapters.freeze_base(self)
 
     @property
@@ -100,9 +118,7 @@ class LaVIN(nn.Module):
 
     def routing_weights(self) -> torch.Tensor | None:
         """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE, whatever the sample; None: no router."""
-        if self.cfg.adapter.kind != "mm" or self.folded:
-            return None
-        return self.llama.route(self.modality_tokens())
+        return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
         """X' of every sample with an image, [.., n, C]. Released code: a black image for others.
@@ -126,13 +142,17 @@ class LaVIN(nn.Module):
             Z.append(torch.cat([Y_head, X_prime, Y_rest]))  # Eq. (7): Z = [t_m, X', Y]; text alone: [t_m, Y]
         return Z
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
-        w = self.routing_weights()  # [L, modality, 2]
-        if w is not None:  # every token gets the pair of its sample's modality: [L, 1, T, 2]
+    def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All samples end to end: Z [1, T, C]; each token's w in every layer, [L, 1, T, 2], or None."""
+        Z, w = torch.cat(self.embed(batch)), self.routing_weights()
+        if w is not None:  # every token gets the pair of its sample's modality
             pairs = [w[:, None, m].expand(-1, length, -1) for m, length in zip(batch.modality, batch.lengths)]
             w = torch.cat(pairs, dim=1)[:, None]
-        Z = torch.cat(self.embed(batch))[None]  # [1, T, C]: all samples, packed end to end
+        return Z[None], w
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
+        Z, w = self.pack(batch)
         return self.llama(Z, w, batch.lengths, batch.llama_dropout_mask)[0, batch.predict_at]
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -141,69 +161,35 @@ class LaVIN(nn.Module):
         train.py divides the sum by the number of targets in the global batch, so the update does not depend
         on the split. The released code averages the means of micro-batches, so its update does depend on it.
         """
-        return LossInChunks.apply(self.hidden(batch), self.llama.output.weight, batch.targets)  # by Eq. (5)
-
-    @torch.no_grad()
-    def fold(self, *modalities: int) -> "LaVIN":
-        """Merge LLaMA's adapters into wq, wk and wv, one set per modality. The adapters then cost nothing.
-
-        A second modality needs a second copy of the three matrices. The ViT's adapters stay, because their
-        routing weights depend on the image. A folded model can no longer be trained or saved.
-        """
-        with self.autocast():
-            w = self.routing_weights()
-        self.folded = {m: [] for m in modalities}
-        for i, layer in enumerate(self.llama.layers):
-            qkv = torch.cat([x.weight for x in (layer.attention.wq, layer.attention.wk, layer.attention.wv)])
-            for m in modalities:  # W [C + 2 G D, C], b [C + 2 G D]
-                self.folded[m].append(adapters.fold(qkv, layer.adapter_attn, None if w is None else w[i, m]))
-            layer.adapter_attn = None
-            self.use_folded(modalities[0], i)  # layer by layer, so the old matrices are freed early
-        return self
-
-    def use_folded(self, modality: int, *layers: int) -> None:
-        """Put the projections that were folded for this modality into these layers; default: all."""
-        if modality not in self.folded:
-            raise ValueError("the model was folded for the other modality; call fold(TEXT, IMAGE)")
-        self.folded_for = modality  # whose matrices LLaMA has now; read by speed/step.py
-        for i in layers or range(len(self.llama.layers)):
-            a, (W, b) = self.llama.layers[i].attention, self.folded[modality][i]
-            rows = [linear.out_features for linear in (a.wq, a.wk, a.wv)]  # C, G D, G D
-            for linear, W_i, b_i in zip((a.wq, a.wk, a.wv), W.split(rows), b.split(rows)):
-                linear.weight, linear.bias = (nn.Parameter(x, requires_grad=False) for x in (W_i, b_i))
+        return NegativeLogLikelihood.apply(self.hidden(batch), self.llama.output.weight, batch.targets)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
         """Read the prompts -> logits [B, V] of the next token, a cache with room for more, routing weights"""
         with self.autocast():
-            w = self.routing_weights()
-            w = None if w is None else w[:, batch.modality, None]  # [L, B, 1, 2]
-            Z = pad_sequence(self.embed(batch), batch_first=True)  # [B, T, C]
-            cache = KVCache(self.llama.cfg, len(Z), Z.shape[1] + room, Z.device, Z.dtype)
+            Z, w = self.pack(batch)
             lengths = torch.tensor(batch.lengths, device=self.device)
-            h = self.llama.prefill(Z, w, lengths, cache)[torch.arange(len(Z)), lengths - 1]  # [B, C]
-            return self.llama.output(h).float(), cache, w
+            cache = KVCache(self.llama.cfg, len(lengths), max(batch.lengths) + room, self.device, Z.dtype)
+            last = lengths.cumsum(0) - 1  # each prompt's last token in the row, [B]
+            h = self.llama.prefill(Z, w, batch.lengths, cache)[0, last]  # [B, C]
+            return self.llama.output(h).float(), cache, None if w is None else w[:, 0, last, None]
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read one more token of each row, [B] -> logits [B, V] of the next"""
+        """Read one more token of each row, [B] -> logits [B, V] of the next; w [L, B, 1, 2]"""
         with self.autocast():
             h = self.llama.decode(self.llama.tok_embeddings(token[:, None]), w, cache)
             return self.llama.output(h[:, 0]).float()
 
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
-               top_p: float = 0.75, seed: int = 0, fast_decode: Callable | None = None) -> Iterator[list]:
+               top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
         Rows may differ in length and modality. A row's answer does not depend on the others: each step draws
         one random number, however many rows use it. ValueError if a prompt does not fit the context.
-        fast_decode(token, cache): the step of `decode` for a folded model, made faster in speed/step.py.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        if self.folded:
-            assert len(set(batch.modality)) == 1, "a folded model answers one modality at a time"
-            self.use_folded(batch.modality[0])
         max_new_tokens, random = min(max_new_tokens, context - longest), torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
@@ -215,7 +201,7 @@ class LaVIN(nn.Module):
             if all(done):
                 return
             yield [None if d else id for d, id in zip(done, ids)]
-            logits = fast_decode(R_s, cache) if fast_decode else self.decode(w, R_s, cache)
+            logits = self.decode(w, R_s, cache)
 
     def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""
@@ -227,28 +213,6 @@ class LaVIN(nn.Module):
         """Write the adapters, with everything needed to rebuild this model around the same base."""
         sizes = {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg)}
         write_adapters(path, adapters.trainable(self), sizes | {"base": weights.fingerprint(self)} | meta)
-
-
-class LossInChunks(torch.autograd.Function):
-    """negative_log_likelihood(hidden, W, targets) with less memory: only LOSS_ROWS rows of logits at a time.
-
-    `forward` computes the gradient of each chunk as well, while its logits exist; `backward` passes it on.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, W, targets):
-        losses, gradients = [], []
-        for h, R in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS)):
-            h = h.detach().requires_grad_()
-            with torch.enable_grad():
-                losses.append(negative_log_likelihood(h, W, R))
-            gradients += torch.autograd.grad(losses[-1], h)
-        ctx.save_for_backward(torch.cat(gradients))
-        return sum(losses)
-
-    @staticmethod
-    def backward(ctx, dL):
-        return dL * ctx.saved_tensors[0], None, None
 
 
 def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:

@@ -23,7 +23,7 @@ from official.images import open_image
 from official.tokenizer import Tokenizer
 from speed import nf4
 from speed.machine import Meter
-from speed.step import FastStep, folded_step
+from speed.step import folded
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -50,7 +50,7 @@ class Config:
     bits: int = 16  # 4: keep LLaMA's matrices in 4 bits, as in train.py; 16: in --dtype
 
 
-def answer(conversation: Conversation, fast_decode: FastStep | None, prompt: str, cfg: Config) -> None:
+def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     """Print the answer to one prompt as it is generated, and keep it as a turn."""
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
@@ -60,7 +60,7 @@ def answer(conversation: Conversation, fast_decode: FastStep | None, prompt: str
     sampling = cfg.temperature, cfg.top_p, cfg.seed
 
     def tokens():
-        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, *sampling, fast_decode=fast_decode):
+        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, *sampling):
             ids.append(id)
             meter.tick()
             yield id
@@ -76,7 +76,7 @@ def answer(conversation: Conversation, fast_decode: FastStep | None, prompt: str
     print(f"[{meter.report()}]", file=sys.stderr)
 
 
-def chat(conversation: Conversation, fast_decode: FastStep | None, cfg: Config) -> None:
+def chat(conversation: Conversation, cfg: Config) -> None:
     """Read turns from stdin until it ends. After an error in a turn, the chat goes on."""
     print("Ask a question. /image PATH shows an image, /reset forgets the turns. Ctrl-C stops an answer, "
           "Ctrl-D or an empty line ends the chat.", file=sys.stderr)
@@ -96,7 +96,7 @@ def chat(conversation: Conversation, fast_decode: FastStep | None, cfg: Config) 
             elif command.startswith("/"):
                 raise ValueError(f"unknown command {command}; known: /image PATH, /reset")
             else:
-                answer(conversation, fast_decode, line, cfg)
+                answer(conversation, line, cfg)
         except (ValueError, OSError) as e:
             print(e, file=sys.stderr)
         line = ""
@@ -121,18 +121,18 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # LaVIN.decode for one row, with fewer calls to torch; None in 4 bits, where adapters cannot be folded
-    fast_decode = folded_step(model, *modalities)
+    model = folded(model, *modalities)  # the same model, with LLaMA's adapters merged and a faster `decode`
     if cfg.compile:
         from speed.compiling import compile_step
-        started, fast_decode = time.time(), compile_step(model)
+        started = time.time()
+        compile_step(model)
         print(f"compiled in {time.time() - started:.0f} s", file=sys.stderr)
     conversation = Conversation(model, meta, Tokenizer(cfg.llama, model.llama.cfg.vocab_size))
     conversation.show(cfg.image or None)
     if cfg.chat:
-        chat(conversation, fast_decode, cfg)
+        chat(conversation, cfg)
     else:
-        answer(conversation, fast_decode, cfg.prompt, cfg)
+        answer(conversation, cfg.prompt, cfg)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ and every rank takes the same step. However a batch is split, the update is the 
 The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl, and curve.png, a chart of the log.
 --resume goes on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
 """
+import hashlib
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -109,6 +110,15 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
               "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
 
 
+def fingerprint(examples: list[data.Example]) -> str:
+    """A hash of all token ids and image names"""
+    digest = hashlib.sha256()
+    for e in examples:
+        image = e.sample.image.name if e.sample.image else ""
+        digest.update(f"{e.head} {e.n_prompt} {image}".encode() + e.rest.tobytes())
+    return digest.hexdigest()[:16]
+
+
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
@@ -151,8 +161,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
     image_size = model.vit.cfg.image_size if model.vit else 0
-    dataset = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank, ranks, cfg.seed, image_size,
-                         cfg.normalize, data.MaskSampler.of(model))
+    dataset = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
+                         image_size=image_size, normalize=cfg.normalize, dropout=data.MaskSampler.of(model))
     total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     theta_a = trainable(model)
@@ -169,10 +179,11 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         p.grad = g.view_as(p)
     optimizer = optimizer_for(theta_a, cfg)
     must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {  # the same flags, tokens and base
-        "data": data.fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
+        "data": fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, must_match) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
-    batches = data.prefetch(dataset, range(first, stop), workers, pin_memory=device.type == "cuda")
+    batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
+                                          num_workers=workers, pin_memory=device.type == "cuda")
     log = Log(out / "log.jsonl", stop, first) if is_main else None  # losses stay on the GPU until log.flush
 
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):

@@ -1,7 +1,6 @@
 """Equations (1) to (8) of LaVIN (https://arxiv.org/abs/2305.15023), computed on the tiny model.
 
-Run `python walkthrough.py`, or open its `# %%` cells as a notebook. Below each value of the model is that of
-tests/naive.py: the same formulas in numpy and float64. The program stops if they differ by more than 1e-4.
+Run it, or its `# %%` cells as a notebook. It stops if a value differs by 1e-4 from numpy's in tests/naive.py.
 """
 import inspect
 import textwrap
@@ -14,7 +13,7 @@ import clip
 import lavin
 import llama
 import train
-from adapters import MMAdapter, trainable
+from adapters import MMAdapter, fold, trainable
 from data import Sample, collate, encode
 from lavin import IMAGE, LaVIN, Neck
 from official.tokenizer import Tokenizer
@@ -110,7 +109,7 @@ print("One adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name,
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, f"the loss\nright: {RED}\nwrong: The answer is B.", lavin.negative_log_likelihood)
+equation(5, f"the loss\nright: {RED}\nwrong: The answer is B.", lavin.loss_and_gradient)
 here = model(right_batch), model(wrong_batch)
 check("L", "response", here, [-naive_right.log_p.sum(), -naive_wrong.log_p.sum()])
 
@@ -146,5 +145,6 @@ at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\n'big' predicts the next word, 'red'. Its attention in the last layer (mean of heads, above 0.01):",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
-print("\nFolding merges the adapters into wq, wk and wv. The logits of the first token stay the same:")
-check("not folded", "B V", model.prefill(batch, 1)[0], model.fold(IMAGE).prefill(batch, 1)[0], "folded")
+print("\nFolding merges each adapter of LLaMA into wq, wk and wv. It leaves q, the output of wq, as it was:")
+W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])
+check("q", "T C", layer.attention.wq(layer.adapter_attn(Z, w[0, IMAGE])), Z @ W.T + b, "folded")

@@ -21,7 +21,7 @@ from evaluation import routing
 from evaluation.conversation import Conversation
 from official.tokenizer import Tokenizer
 from sample import DEMO
-from speed.step import FastStep
+from speed.step import folded
 
 NO_SHARE_BUTTON = ".download-link + button {display: none}"  # below a picture; it uploads to Hugging Face
 
@@ -50,7 +50,7 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
 
     charts = routing.pictures(model, folder)  # first, because a folded model has no routing weights
     modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    fast_decode = FastStep(model.fold(*modalities))
+    model = folded(model, *modalities)
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
     max_new_tokens = cfg.max_new_tokens or meta["max_new_tokens"]
     lock = threading.Lock()  # an answer puts its modality's projections into LLaMA, so the next must wait
@@ -65,7 +65,7 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
                     conversation.show(file if isinstance(file, str) else file["path"])
                 batch = conversation.batch(message["text"], "", max_new_tokens)
                 steps = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p,
-                                     cfg.seed, fast_decode)
+                                     cfg.seed)
                 for piece in tokenizer.stream(id for (id,) in steps):
                     text += piece
                     yield text, charts.get(batch.modality[0])

@@ -29,7 +29,7 @@ from official.saving import append, lock_folder, named, write_atomically
 from official.tokenizer import Tokenizer
 from prompts import Sample
 from speed import nf4
-from speed.step import folded_step
+from speed.step import folded
 
 
 def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, temperature: float = 0.0,
@@ -42,13 +42,13 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
     """
     if not samples:
         return {}
-    fast_decode = folded_step(model, *sorted({int(s.image is not None) for s in samples}))
+    model = folded(model, *sorted({int(s.image is not None) for s in samples}))
     n_cls, image_size = (model.vit.n_cls, model.vit.cfg.image_size) if model.vit else (0, 0)
     questions = [data.encode(dataclasses.replace(s, response=""), tokenizer, n_cls) for s in samples]
     longest = max(e.length for e in questions) + max_new_tokens
     batch_size = min(batch_size, rows_that_fit(model, longest))
     complete = completeness(tokenizer, until)
-    sampling = dict(temperature=temperature, top_p=top_p, seed=seed, fast_decode=fast_decode)
+    sampling = dict(temperature=temperature, top_p=top_p, seed=seed)
     texts, started = {}, time.time()
     for rows in batches(questions, batch_size):
         batch = data.collate(rows, image_size, model.cfg.normalize).to(model.device)
@@ -119,7 +119,7 @@ def log_likelihoods(model, tokenizer, sample: Sample, answers: list[str]) -> dic
 
 def weigh(model, tokenizer, samples: list[Sample], write: Callable[[dict], None]) -> None:
     """Call write({id: {answer: log p}}) for each question of TruthfulQA."""
-    folded_step(model, lavin.TEXT)
+    model = folded(model, lavin.TEXT)
     rank, _ = cli.processes()
     started = time.time()
     for k, s in enumerate(samples, start=1):

@@ -50,7 +50,10 @@ def message(e: BaseException) -> str:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends, and fails again
         return f"the output was not written ({e.strerror})"
     if isinstance(e, (ValueError, OSError)):
-        return one_line(str(e))
+        text = str(e).strip()
+        if text.startswith("Caught "):  # by a DataLoader's worker: its traceback, which ends with the message
+            text = text.splitlines()[-1].removeprefix(f"{type(e).__name__}: ")
+        return one_line(text)
     full = "(out of|allocate|not enough) memory|start new thread"
     if isinstance(e, MemoryError) or re.search(full, str(e)):
         return "out of memory or threads; use a smaller model, --micro_batch, --batch_size or --workers"

@@ -47,13 +47,12 @@ class LoRALaVIN(LaVIN):
             layer.adapter_attn, a = None, layer.attention
             a.wq, a.wv = LoRALinear(a.wq, r), LoRALinear(a.wv, r)
 
-    def fold(self, *modalities: int) -> "LoRALaVIN":
-        """Merge LoRA into wq and wv. An untrained RepAdapter is the identity; LaVIN.fold expects one."""
+    def merge(self) -> None:
+        """Merge LoRA into wq and wv, for answering. RepAdapters that were never trained change nothing."""
         for layer in self.llama.layers:
             a = layer.attention
             a.wq, a.wv = a.wq.merged(), a.wv.merged()
             layer.adapter_attn = RepAdapter(self.llama.cfg.dim, self.cfg.adapter)
-        return super().fold(*modalities)
 
 
 def count_of_peft(r: int, folder: str = "tiny/llama") -> int | None:

@@ -19,11 +19,11 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save, save_file
 
@@ -70,11 +70,14 @@ class Run(NamedTuple):
 class TextFirst(data.Steps):
     """The samples of the mixed epoch, those without a picture first; otherwise in the same order."""
 
+    @cached_property
+    def order(self) -> list[int]:
+        mixed = [i for step in range(self.per_epoch) for i in super(TextFirst, self).chosen(step)]
+        return sorted(mixed, key=lambda i: self.examples[i].n_visual > 0)
+
     def chosen(self, step: int) -> list[int]:
-        super().chosen(step)  # shuffles
-        with_picture = [self.examples[i].n_visual > 0 for i in self.order]
-        order, k = self.order[np.argsort(with_picture, kind="stable")], step % self.per_epoch
-        return order[k * self.batch_size: (k + 1) * self.batch_size].tolist()
+        k = step % self.per_epoch
+        return self.order[k * self.batch_size: (k + 1) * self.batch_size]
 
 
 def learn(cfg: train.Config, model: LaVIN, examples: list[data.Example], order: str = "mixed",
@@ -107,10 +110,12 @@ def rerouted(model: LaVIN, routing: str) -> LaVIN:
     half              w = (1/2, 1/2)             exchanged         w_0 and w_1 change places
     """
     model = copy.deepcopy(model).eval()
+    if isinstance(model, LoRALaVIN):
+        model.merge()
     if routing != "learned":
         w = model.routing_weights()  # [L, 2, 2]: layer, modality, expert
         w = {"other modality": w.flip(1), "exchanged": w.flip(2), "half": torch.full_like(w, 0.5)}[routing]
-        model.routing_weights = lambda: None if model.folded else w
+        model.routing_weights = lambda: w
     return model
 
 

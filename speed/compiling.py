@@ -11,9 +11,8 @@ import warnings
 import torch
 import torch.nn as nn
 
-from lavin import LaVIN
-from llama import KVCache
-from speed.step import FastStep, Layer, Weights, one_token, rope_pairs
+from llama import KVCache, LLaMA
+from speed.step import FastStep, FoldedLaVIN, Layer, Weights, one_token, rope_pairs
 
 OPTIONS = {
     "aot_inductor.package_constants_in_so": False,  # the weights stay where they are
@@ -21,11 +20,12 @@ OPTIONS = {
 }
 
 
-def compile_step(model: LaVIN) -> FastStep:
-    """The compiled step of a folded model; ValueError without a C++ compiler."""
+def compile_step(model: FoldedLaVIN) -> None:
+    """Replace the model's step by the compiled one. ValueError without a C++ compiler."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile: there is no C++ compiler here; install g++, or leave --compile out")
-    return Program(model) if model.device.type == "cpu" else Graph(model)
+    kind = Program if model.device.type == "cpu" else Graph
+    model.step = kind(model.llama, model.projections)
 
 
 class Exported(nn.Module):
@@ -50,12 +50,12 @@ class Exported(nn.Module):
 class Program(FastStep):
     """One C++ program for every length and every modality."""
 
-    def __init__(self, model: LaVIN):
-        super().__init__(model)
+    def __init__(self, llama: LLaMA, projections: dict[int, list]):
+        super().__init__(llama, projections)
         H, eps, L = self.cfg.n_heads, self.cfg.norm_eps, self.cfg.n_layers
         self.modules = {m: Exported(weights, H, eps) for m, weights in self.weights.items()}
         self.loaded, module = None, next(iter(self.modules.values()))
-        cache = KVCache(self.cfg, 1, 32, dtype=model.llama.norm.weight.dtype)
+        cache = KVCache(self.cfg, 1, 32, dtype=llama.norm.weight.dtype)
         slots, filled = torch.export.Dim("slots"), torch.export.Dim("filled")
         example = torch.tensor([1]), torch.tensor([15]), self.rope[:16], cache.k, cache.v
         shapes = None, None, {0: filled}, [{2: slots}] * L, [{2: slots}] * L
@@ -66,22 +66,22 @@ class Program(FastStep):
                                                             inductor_configs=OPTIONS)
             self.program = torch._inductor.aoti_load_package(file)
 
-    def run(self, weights, token, position, cache):
-        if self.loaded is not weights:  # the first step, or a change of modality
-            module = self.modules[self.model.folded_for]
+    def __call__(self, modality: int, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        if self.loaded != modality:  # the first step, or a change of modality
+            module = self.modules[modality]
             parameters = dict(module.named_parameters(remove_duplicate=False))
             wanted = self.program.get_constant_fqns()  # of tied embeddings, torch.export keeps one name
             parameters = {name: parameters[name] for name in wanted}
             self.program.load_constants(parameters, check_full_update=True, user_managed=True)
-            self.loaded = weights
-        return self.program(token, position, self.rope[:cache.filled], cache.k, cache.v)
+            self.loaded = modality
+        return self.program(token, cache.grow(), self.rope[:cache.filled], cache.k, cache.v)
 
 
 class Graph(FastStep):
     """A CUDA graph. It always reads and writes the same tensors, so each new cache is copied into them."""
 
-    def __init__(self, model: LaVIN):
-        super().__init__(model)
+    def __init__(self, llama: LLaMA, projections: dict[int, list]):
+        super().__init__(llama, projections)
         H, eps = self.cfg.n_heads, self.cfg.norm_eps
         # the weights are parameters of a module; as arguments, they would be copied in every step
         self.compiled = {m: torch.compile(Exported(weights, H, eps), mode="reduce-overhead", dynamic=False,
@@ -92,20 +92,20 @@ class Graph(FastStep):
         """Copy a new cache. Round its slots up to a power of two, so that few sizes are compiled."""
         slots = max(256, 1 << (cache.k[0].shape[2] - 1).bit_length())
         if slots != self.slots:
-            c, self.slots, device = self.cfg, slots, self.model.device
+            c, self.slots, device = self.cfg, slots, self.device
             kept = KVCache(c, 1, slots, device, cache.k[0].dtype)
             self.keys, self.values = kept.k, kept.v
             self.rope = rope_pairs(slots, c, device)
             self.all_slots = torch.arange(slots, device=device)
             for x in (*self.keys, *self.values, self.rope):
                 torch._dynamo.mark_static_address(x)  # the graph uses it in place
-        filled = cache.filled - 1  # the token at hand is not in the cache yet
         for ours, new in zip((*self.keys, *self.values), (*cache.k, *cache.v)):
-            ours[:, :, :filled] = new[:, :, :filled]
+            ours[:, :, :cache.filled] = new[:, :, :cache.filled]
         self.copied = cache
 
-    def run(self, weights, token, position, cache):
+    def __call__(self, modality: int, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
         if self.copied is not cache:
             self.keep(cache)
+        position = cache.grow()
         mask = (self.all_slots <= position)[None]  # read every slot, so that shapes never change
-        return self.compiled[self.model.folded_for](token, position, self.rope, self.keys, self.values, mask)
+        return self.compiled[modality](token, position, self.rope, self.keys, self.values, mask)

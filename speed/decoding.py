@@ -14,11 +14,12 @@ import torch
 import torch.nn as nn
 
 import data
+from adapters import new_adapter
 from lavin import IMAGE, LaVIN
 from speed.compiling import compile_step
 from speed.machine import bandwidth, bytes_per_token
 from speed.nf4 import NF4Linear
-from speed.step import FastStep
+from speed.step import FoldedLaVIN
 
 Answer = Callable[[], tuple[list[int], list[float]]]  # returns the tokens, and when each one reached the CPU
 
@@ -31,23 +32,19 @@ def share(model: LaVIN) -> LaVIN:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def bare(model: LaVIN) -> LaVIN:
-    """The model without LLaMA's adapters. It poses as folded, so that it takes the same fast step."""
+def bare(model: LaVIN) -> FoldedLaVIN:
+    """The model without adapters in LLaMA. Untrained ones take their place: merged, they change no weight."""
     model = share(model)
-    model.folded = {IMAGE: []}
     for layer in model.llama.layers:
-        a, layer.adapter_attn = layer.attention, None
-        W = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight])
-        model.folded[IMAGE].append((W, W.new_zeros(len(W))))
-    model.use_folded(IMAGE)
-    return model
+        layer.adapter_attn = new_adapter(model.llama.cfg.dim, model.cfg.adapter).to(model.device)
+    return FoldedLaVIN(model, IMAGE)
 
 
-def lavin_answer(model: LaVIN, batch: data.Batch, n: int, step: Callable | None) -> Answer:
+def lavin_answer(model: LaVIN, batch: data.Batch, n: int) -> Answer:
     """A function that answers the one row of `batch` with n tokens."""
     def answer():
         tokens, times = [], []
-        for (token,) in model.stream(batch, n, eos=-1, temperature=0.0, fast_decode=step):
+        for (token,) in model.stream(batch, n, eos=-1, temperature=0.0):
             tokens.append(token)
             times.append(time.perf_counter())
         return tokens, times
@@ -181,14 +178,15 @@ def measure(model: LaVIN, batch: data.Batch, n: int, burn_in: int, steps: int, v
     be folded, the only model is the unfolded one.
     """
     unfolded, ours = share(model), "unfolded"
-    answers = {"unfolded": lavin_answer(unfolded, batch, n, None)}
+    answers = {"unfolded": lavin_answer(unfolded, batch, n)}
     if not isinstance(model.llama.layers[0].attention.wq, NF4Linear):
-        without_adapters, ours = bare(model), "folded"
-        model.fold(IMAGE)
-        answers = {"bare": lavin_answer(without_adapters, batch, n, FastStep(without_adapters)), **answers,
-                   "folded": lavin_answer(model, batch, n, FastStep(model))}
+        without_adapters, model, ours = bare(model), FoldedLaVIN(model, IMAGE), "folded"
+        answers = {"bare": lavin_answer(without_adapters, batch, n), **answers,
+                   "folded": lavin_answer(model, batch, n)}
     if compiled:
-        answers["compiled"] = lavin_answer(model, batch, n, compile_step(model))
+        fast = copy.copy(model)
+        compile_step(fast)
+        answers["compiled"] = lavin_answer(fast, batch, n)
     if vs:
         with torch.inference_mode(), model.autocast():
             answers["hf"] = hugging_face_answer(hugging_face_model(model), model.embed(batch)[0][None], n)

@@ -135,8 +135,8 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
 def modality_token_flops(d: int, d_kv: int, L: int, block: int, phi: int) -> int:
     """Both modality tokens, once per forward pass. Nothing after the last router needs a gradient."""
     routers = 3 * L * 2 * d  # a router is a [d, 2] matrix: forward, gradients of input and weights
-    adapters = (3 * L - 2) * phi * d
-    frozen = (2 * L - 1) * (block - d * (d + d_kv))  # a token that sees only itself needs neither q nor k
+    adapters = (4 * L - 3) * phi * d  # forward, recomputed forward, gradients of input and weights
+    frozen = L * block + (L - 1) * (block - d * (d + d_kv))  # q and k get no gradient: t_m sees only itself
     return 2 * 2 * (routers + adapters + frozen)
 
 
@@ -200,12 +200,12 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     block = T * (e * (4 * c.dim + 2 * d_kv + 2 * c.ffn_dim) + 4 * c.n_heads)
     # The loss keeps the input of the last norm in fp32, and the gradient of the hidden states at targets.
     loss = T * 4 * c.dim + load.targets * e * c.dim
-    # Two peaks come on top of what is kept. In the loss, a chunk of logits exists three times in fp32:
-    # logits, log-softmax and gradient. In the backward pass of the last block, the loss is already freed;
-    # alive are silu(gate), three gradients of its size, and the gradient of x. In 4 bits and with few tokens,
-    # more is alive a little later: the decoded w3, the gradient of x, and unless the block is recomputed one
-    # more tensor of gate's size.
-    chunk = 12 * min(LOSS_ROWS, load.targets) * c.vocab_size
+    # Two peaks come on top of what is kept. In the loss, a chunk of logits exists twice in fp32: as logits
+    # and as log-softmax, which then becomes the gradient. In the backward pass of the last block, the loss is
+    # already freed; alive are silu(gate), three gradients of its size, and the gradient of x. In 4 bits and
+    # with few tokens, more is alive a little later: the decoded w3, the gradient of x, and unless the block
+    # is recomputed one more tensor of gate's size.
+    chunk = 8 * min(LOSS_ROWS, load.targets) * c.vocab_size
     backward = e * T * (4 * c.ffn_dim + c.dim)
     if bits == 4:
         gradients = e * T * (c.dim + c.ffn_dim * (not checkpoint))

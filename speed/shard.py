@@ -28,7 +28,7 @@ def storage(device: str, bits: int) -> Callable:
     if ranks == 1:
         raise ValueError("--shard needs several processes; start with torchrun --nproc_per_node N")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow to import
+    from torch.distributed.fsdp import fully_shard  # slow to import
     mesh = init_device_mesh(device, (ranks,))
 
     def store(model: nn.Module, name: str) -> None:
@@ -37,7 +37,7 @@ def storage(device: str, bits: int) -> Callable:
         if name.startswith("layers."):
             block = model.layers[int(name.split(".")[1])]
             if not any(p.is_meta for p in block.parameters()):
-                fully_shard(block, mesh=mesh, reshard_after_forward=True)
-                register_fsdp_forward_method(block, "alone")
+                whole = {block.attention_norm.weight}  # small, and LLaMA.route needs it before the block runs
+                fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
     return store

@@ -1,9 +1,9 @@
-"""One token of one row, as straight-line code over the folded weights.
+"""LaVIN made faster for answering: LLaMA's adapters merged, and one token of one row as straight-line code.
 
-`LaVIN.decode` does the same for any number of rows, through the modules of llama.py. For a single row, most
-of its time goes into calling many small operations and into matrix-vector products that some CPUs read
-slowly. Here q, k and v come from one product, and `matvec` reads a matrix the fast way. A test checks that
-both give the same logits.
+`FoldedLaVIN` merges ("folds") each adapter of LLaMA into the projections that follow it. So the adapters cost
+nothing. `FastStep` replaces `LaVIN.decode` for a single row. There, most of the time goes into calling many
+small operations and into matrix-vector products that some CPUs read slowly. Here, q, k and v come from one
+product, and `matvec` reads a matrix the fast way. Tests check that all of them give the same logits.
 
 Shapes: C width, H heads, G key/value heads, D = C / H, S slots of the cache in use, V vocabulary.
 """
@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import adapters
+from data import Batch
 from lavin import LaVIN
-from llama import KVCache, LLaMAConfig, rope_table
+from llama import KVCache, LLaMA, LLaMAConfig, rope_table
 from speed.nf4 import NF4Linear
 
 
@@ -61,15 +63,6 @@ class Weights(NamedTuple):
     layers: list[Layer]
     norm: torch.Tensor
     output: torch.Tensor
-
-    @classmethod
-    def of(cls, model: LaVIN, modality: int) -> "Weights":
-        """The tensors of a folded model, without copies."""
-        layers = [Layer(x.attention_norm.weight, *folded, x.attention.wo.weight, x.ffn_norm.weight,
-                        *(w.weight for w in (x.feed_forward.w1, x.feed_forward.w3, x.feed_forward.w2)))
-                  for x, folded in zip(model.llama.layers, model.folded[modality])]
-        llama = model.llama
-        return cls(llama.tok_embeddings.weight, layers, llama.norm.weight, llama.output.weight)
 
 
 def rope_pairs(n: int, cfg: LLaMAConfig, device) -> torch.Tensor:
@@ -122,33 +115,76 @@ def one_token(weights: Weights, H: int, eps: float, token, position, rope, keys,
 
 
 class FastStep:
-    """step(token, cache) for `LaVIN.stream`. One row takes the fast path, several rows `LaVIN.decode`."""
+    """step(modality, token, cache) -> logits [1, V], from the folded projections {modality: [(W, b), ..]}"""
 
-    def __init__(self, model: LaVIN):
-        assert model.folded, "FastStep needs a folded model"
-        c = model.llama.cfg
-        self.model, self.cfg = model, c
-        self.weights = {modality: Weights.of(model, modality) for modality in model.folded}
-        self.rope = rope_pairs(c.max_seq_len, c, model.device)
+    def __init__(self, llama: LLaMA, projections: dict[int, list]):
+        self.cfg, self.device = llama.cfg, llama.norm.weight.device
+        self.weights = {modality: self.collect(llama, qkv) for modality, qkv in projections.items()}
+        self.rope = rope_pairs(self.cfg.max_seq_len, self.cfg, self.device)
 
-    def __call__(self, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        if len(token) > 1:
-            return self.model.decode(None, token, cache)
-        return self.run(self.weights[self.model.folded_for], token, cache.grow(), cache)
+    @staticmethod
+    def collect(llama: LLaMA, qkv: list) -> Weights:
+        """The tensors of the model, without copies."""
+        layers = [Layer(x.attention_norm.weight, *folded, x.attention.wo.weight, x.ffn_norm.weight,
+                        *(w.weight for w in (x.feed_forward.w1, x.feed_forward.w3, x.feed_forward.w2)))
+                  for x, folded in zip(llama.layers, qkv)]
+        return Weights(llama.tok_embeddings.weight, layers, llama.norm.weight, llama.output.weight)
 
-    def run(self, weights: Weights, token: torch.Tensor, position: torch.Tensor,
-            cache: KVCache) -> torch.Tensor:
-        return one_token(weights, self.cfg.n_heads, self.cfg.norm_eps, token, position,
+    def __call__(self, modality: int, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return one_token(self.weights[modality], self.cfg.n_heads, self.cfg.norm_eps, token, cache.grow(),
                          self.rope[:cache.filled], cache.k, cache.v)
 
 
-def folded_step(model: LaVIN, *modalities: int) -> FastStep | None:
-    """Fold the adapters, unless that was done, and return the fast step.
+class FoldedLaVIN(LaVIN):
+    """A LaVIN whose LLaMA has merged its adapters into wq, wk and wv, once for each of the modalities given.
 
-    None if LLaMA's matrices are in 4 bits. They cannot take in an adapter, so LaVIN.decode takes each step.
+    It takes over the modules of `model`. It answers rows of one modality at a time, and cannot be trained or
+    saved. The ViT's adapters stay, because their routing weights depend on the image. A second modality needs
+    a second copy of the three matrices.
     """
-    if isinstance(model.llama.layers[0].attention.wq, NF4Linear):
-        return None
-    if not model.folded:
-        model.fold(*modalities)
-    return FastStep(model)
+
+    def __init__(self, model: LaVIN, *modalities: int):
+        torch.nn.Module.__init__(self)
+        self.cfg, self.llama, self.vit = model.cfg, model.llama, model.vit
+        if self.vit:
+            self.adapter_proj = model.adapter_proj
+        self.projections = {m: [] for m in modalities}  # of every layer W [C + 2 G D, C] and b [C + 2 G D]
+        with torch.no_grad(), self.autocast():
+            w = model.routing_weights()
+        for i, layer in enumerate(self.llama.layers):
+            a, adapter = layer.attention, layer.adapter_attn
+            qkv, layer.adapter_attn = torch.cat([a.wq.weight, a.wk.weight, a.wv.weight]), None
+            for m in modalities:
+                self.projections[m].append(adapters.fold(qkv, adapter, None if w is None else w[i, m]))
+            self.use(modalities[0], i)  # layer by layer, so the old matrices are freed early
+        self.step = FastStep(self.llama, self.projections)
+
+    def routing_weights(self) -> None:
+        """None: they are part of the projections."""
+
+    def use(self, modality: int, *layers: int) -> None:
+        """Put the projections of this modality into these layers; default: all."""
+        if modality not in self.projections:
+            raise ValueError("the model was folded for the other modality; name both: TEXT, IMAGE")
+        self.modality = modality
+        for i in layers or range(len(self.llama.layers)):
+            a, (W, b) = self.llama.layers[i].attention, self.projections[modality][i]
+            rows = [linear.out_features for linear in (a.wq, a.wk, a.wv)]  # C, G D, G D
+            for linear, W_i, b_i in zip((a.wq, a.wk, a.wv), W.split(rows), b.split(rows)):
+                linear.weight, linear.bias = (torch.nn.Parameter(x, False) for x in (W_i, b_i))
+
+    def pack(self, batch: Batch) -> tuple[torch.Tensor, None]:
+        assert len(set(batch.modality)) == 1, "a folded model answers one modality at a time"
+        self.use(batch.modality[0])
+        return super().pack(batch)
+
+    def decode(self, w: None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """A single row takes the fast step."""
+        return super().decode(w, token, cache) if len(token) > 1 else self.step(self.modality, token, cache)
+
+
+def folded(model: LaVIN, *modalities: int) -> LaVIN:
+    """The model to answer with: folded, unless it is already. Matrices in 4 bits cannot take in adapters."""
+    if isinstance(model, FoldedLaVIN) or isinstance(model.llama.layers[0].attention.wq, NF4Linear):
+        return model
+    return FoldedLaVIN(model, *modalities)

@@ -23,6 +23,7 @@ import prompts
 import train
 from evaluation import answering, scores
 from official.tokenizer import Tokenizer
+from speed.step import FoldedLaVIN
 
 TINY = ["--llama", f"{ROOT}/tiny/llama", "--clip", f"{ROOT}/tiny/clip", "--device", "cpu"]
 MME = {"existence": 3, "artwork": 2, "code_reasoning": 1}
@@ -66,7 +67,7 @@ def run(world, capsys):
 @pytest.fixture
 def folded(world):
     model, _ = lavin.load(world / "out/adapters.safetensors", ROOT / "tiny/llama", ROOT / "tiny/clip")
-    return model.fold(lavin.TEXT, lavin.IMAGE), Tokenizer(ROOT / "tiny/llama/tokenizer.model")
+    return FoldedLaVIN(model, lavin.TEXT, lavin.IMAGE), Tokenizer(ROOT / "tiny/llama/tokenizer.model")
 
 
 def test_training_on_a_mixture_counts_its_samples_and_learns(world):
@@ -168,7 +169,6 @@ def test_truthfulqa_equals_a_naive_recomputation(run, world, tmp_path, folded):
     found = json.loads(run("truthfulqa", *flags, "--out", tmp_path / "t.jsonl")[0])
     written = scores.read_predictions(tmp_path / "t.jsonl")
     model, tokenizer = folded
-    model.use_folded(lavin.TEXT)
     mc1, mc2 = [], []
     for i, q in enumerate(json.loads((world / "mc_task.json").read_text())):
         p = {}

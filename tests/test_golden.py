@@ -12,7 +12,7 @@ from data import Example, collate
 from lavin import TEXT, LaVIN, LaVINConfig
 from llama import LLaMA
 from official.tokenizer import Tokenizer
-from speed.step import FastStep
+from speed.step import FoldedLaVIN
 
 STORIES = REAL / "stories260K"
 pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not in ../shared/data")
@@ -23,9 +23,9 @@ def tell(folder, dtype=torch.float32, fold: bool = False) -> str:
     llama = LLaMA.from_pretrained(folder, dtype=dtype)
     tokenizer = Tokenizer(folder, llama.cfg.vocab_size)
     model = LaVIN(llama, None, LaVINConfig(vision=False)).eval()
-    fast_decode = FastStep(model.fold(TEXT)) if fold else None
+    model = FoldedLaVIN(model, TEXT) if fold else model
     bos = collate([Example(None, [tokenizer.bos], 0, [], 0)], 0, "clip")
-    (ids,) = model.generate(bos, 200, tokenizer.eos, temperature=0, fast_decode=fast_decode)
+    (ids,) = model.generate(bos, 200, tokenizer.eos, temperature=0)
     return tokenizer.decode(ids)
 
 

@@ -43,7 +43,7 @@ def test_no_machinery_at_the_root():
         text = file.read_text(encoding="utf-8")
         for word in ("is_compiling", "/proc/", "_inductor"):
             assert word not in text, f"{file.name}: {word}"
-        assert text.count("autograd.Function") == (file.name == "lavin.py")  # LossInChunks, 20% of a step
+        assert text.count("autograd.Function") == (file.name == "lavin.py")  # the loss: 20% of a step
 
 
 def test_models_import_nothing_that_measures():

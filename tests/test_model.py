@@ -1,6 +1,8 @@
 """Properties of the model for any weights: counts, identity at initialisation, caching, independent rows."""
+import copy
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
 from official import adapter_files
 from speed import compiling, step
+from speed.step import FoldedLaVIN
 
 
 class Dtypes(TorchDispatchMode):
@@ -158,37 +161,42 @@ def test_answers_do_not_depend_on_batch_mates(lavin, temperature):
 @pytest.mark.parametrize("kind,base", [("mm", LLAMA), ("rep", LLAMA), ("mm", GROUPED)])
 def test_folded_equals_unfolded(kind, base):
     """Structural re-parameterisation removes LLaMA's adapters and keeps the logits in both modalities."""
-    model, folded = (make_lavin(base=base, kind=kind, scale=0.7, tau=3.0) for _ in range(2))
-    folded.fold(0, 1)
+    model, other = (make_lavin(base=base, kind=kind, scale=0.7, tau=3.0) for _ in range(2))
+    folded = FoldedLaVIN(other, 0, 1)
     assert all(layer.adapter_attn is None for layer in folded.llama.layers)
     for rows in ([r for r in ROWS if r[2]], [r for r in ROWS if not r[2]]):
         batch = make_batch(rows)
-        folded.use_folded(int(rows[0][2]))
         with torch.no_grad():
             assert all(close(a, b) for a, b in zip(all_logits(folded, batch), all_logits(model, batch)))
         prompts = make_batch([(ids, 0, picture) for ids, _, picture in rows])
         answers = [m.generate(prompts, 12, eos=2, temperature=0.0) for m in (folded, model)]
         assert answers[0] == answers[1]
-    with pytest.raises(ValueError, match="call fold\\(TEXT, IMAGE\\)"):
-        make_lavin().fold(0).generate(make_batch([ROWS[0]]), 2, eos=2)
+    with pytest.raises(ValueError, match="name both: TEXT, IMAGE"):
+        FoldedLaVIN(make_lavin(), 0).generate(make_batch([ROWS[0]]), 2, eos=2)
 
 
 def test_folding_keeps_one_set_of_projections():
-    folded = make_lavin().fold(1)
-    a, (W, _) = folded.llama.layers[0].attention, folded.folded[1][0]
+    folded = FoldedLaVIN(make_lavin(), 1)
+    a, (W, _) = folded.llama.layers[0].attention, folded.projections[1][0]
     views = [x.data_ptr() for x in W.chunk(3)]
     assert [x.weight.data_ptr() for x in (a.wq, a.wk, a.wv)] == views  # no copies
 
 
 @pytest.mark.parametrize("base", [LLAMA, GROUPED], ids=["", "grouped"])
 def test_attention_as_the_compiler_gets_it_equals_decode(monkeypatch, base):
-    model = make_lavin(base=base).fold(1)
-    fast, batch = step.FastStep(model), make_batch(PROMPTS[:1])
+    model, batch = FoldedLaVIN(make_lavin(base=base), 1), make_batch(PROMPTS[:1])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with torch.inference_mode():
         caches = [model.prefill(batch, room=3)[1] for _ in range(2)]
         for token in (torch.tensor([id]) for id in (5, 3, 9)):
-            assert close(fast(token, caches[1]), model.decode(None, token, caches[0]))
+            assert close(model.decode(None, token, caches[1]), LaVIN.decode(model, None, token, caches[0]))
+
+
+def plain_answer(folded, batch, n):
+    """greedy, without the fast step"""
+    plain = copy.copy(folded)
+    plain.decode = partial(LaVIN.decode, plain)
+    return plain.generate(batch, n, eos=2, temperature=0.0)
 
 
 @pytest.mark.parametrize("base", [LLAMA, GROUPED], ids=["", "grouped"])
@@ -198,23 +206,21 @@ def test_the_fast_step_equals_decode(dtype, base):
     model = make_lavin(base=base).to(dtype)
     for p in trainable(model).values():
         p.data = p.data.float()
-    fast = step.FastStep(model.fold(0, 1))
+    model = FoldedLaVIN(model, 0, 1)
     for row in PROMPTS[:3]:
         batch = make_batch([row])
-        model.use_folded(batch.modality[0])
         with torch.inference_mode():
             caches = [model.prefill(batch, room=8)[1] for _ in range(2)]
             for t in range(8):
                 token = torch.tensor([t % 7 + 3])
-                a, b = model.decode(None, token, caches[0]), fast(token, caches[1])
+                a, b = LaVIN.decode(model, None, token, caches[0]), model.decode(None, token, caches[1])
                 assert close(b, a, 1e-5 if dtype == torch.float32 else 0.05)
         keys = [torch.stack(cache.k) for cache in caches]
         assert close(keys[1], keys[0], 1e-5 if dtype == torch.float32 else 0.05)
-        answers = [model.generate(batch, 12, eos=2, temperature=0.0, fast_decode=s) for s in (None, fast)]
-        assert answers[0] == answers[1] or dtype == torch.bfloat16
-    rows = make_batch(PROMPTS[::2])  # with several rows, generate uses decode instead
-    expected = model.generate(rows, 8, eos=2, temperature=0.0)
-    assert model.generate(rows, 8, eos=2, temperature=0.0, fast_decode=fast) == expected
+        answer = model.generate(batch, 12, eos=2, temperature=0.0)
+        assert answer == plain_answer(model, batch, 12) or dtype == torch.bfloat16
+    rows = make_batch(PROMPTS[::2])  # several rows take the plain step
+    assert model.generate(rows, 8, eos=2, temperature=0.0) == plain_answer(model, rows, 8)
 
 
 def test_pictures_do_not_depend_on_batch_mates(lavin):
@@ -349,41 +355,40 @@ def test_the_compiled_step_equals_decode():
 
     The model has grouped queries and tied embeddings, of which torch.export keeps one name.
     """
-    lavin = make_lavin(base=replace(GROUPED, n_layers=2), tied=True)
-    compiled = compiling.compile_step(lavin.fold(0, 1))
-    for row, modality in ((PROMPTS[0], 1), (PROMPTS[1], 0), (PROMPTS[2], 1)):
+    lavin = FoldedLaVIN(make_lavin(base=replace(GROUPED, n_layers=2), tied=True), 0, 1)
+    compiling.compile_step(lavin)
+    for row in (PROMPTS[0], PROMPTS[1], PROMPTS[2]):  # with a picture, without, with
         batch = make_batch([row])
-        lavin.use_folded(modality)
         with torch.inference_mode():
             caches = [lavin.prefill(batch, room=30)[1] for _ in range(2)]
             for t in range(8):
                 token = torch.tensor([t % 7 + 3])
-                assert close(compiled(token, caches[1]), lavin.decode(None, token, caches[0]))
+                logits = LaVIN.decode(lavin, None, token, caches[0])
+                assert close(lavin.decode(None, token, caches[1]), logits)
         n = caches[1].filled
         for x, y in (map(torch.stack, pair) for pair in zip(*((c.k, c.v) for c in caches))):
             assert close(x, y) and y[:, :, :, n - 1].abs().sum() > 0 and y[:, :, :, n:].abs().sum() == 0
-        answers = [lavin.generate(batch, 8, eos=2, temperature=0.0, fast_decode=s) for s in (compiled, None)]
-        assert answers[0] == answers[1]
-    rows = make_batch(PROMPTS[::2])  # with several rows, generate uses decode instead
-    expected = lavin.generate(rows, 8, eos=2, temperature=0.0)
-    assert lavin.generate(rows, 8, eos=2, temperature=0.0, fast_decode=compiled) == expected
+        assert lavin.generate(batch, 8, eos=2, temperature=0.0) == plain_answer(lavin, batch, 8)
+    rows = make_batch(PROMPTS[::2])  # several rows take the plain step
+    assert lavin.generate(rows, 8, eos=2, temperature=0.0) == plain_answer(lavin, rows, 8)
 
 
 def test_a_graph_step_with_one_static_cache_equals_decode(lavin, monkeypatch):
     """The step is traced as one graph with static shapes and one cache for all answers. No GPU is tested."""
     compile, row = torch.compile, make_batch(PROMPTS[:1])
     monkeypatch.setattr(torch, "compile", lambda f, mode, **kw: compile(f, backend="eager", **kw))
-    plain = lavin.fold(1).generate(row, 8, eos=2, temperature=0.0)
-    graph = compiling.Graph(lavin)
+    folded = FoldedLaVIN(lavin, 1)
+    plain = folded.generate(row, 8, eos=2, temperature=0.0)
+    folded.step = compiling.Graph(folded.llama, folded.projections)
     for _ in range(2):  # in the second round, the cache still holds the first answer
-        assert lavin.generate(row, 8, eos=2, temperature=0.0, fast_decode=graph) == plain
-    assert graph.slots == 256
+        assert folded.generate(row, 8, eos=2, temperature=0.0) == plain
+    assert folded.step.slots == 256
 
 
 def test_compiling_without_a_compiler_is_one_line(lavin, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="^--compile: there is no C.. compiler here; [^\n]*$"):
-        compiling.compile_step(lavin.fold(0))
+        compiling.compile_step(FoldedLaVIN(lavin, 0))
 
 
 def test_prompt_longer_than_the_context(lavin):
