@@ -112,6 +112,7 @@ def main() -> None:
     if cfg.image:
         open_image(cfg.image)  # report a bad image before the weights are read
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
+    Meter.prepare(device)
     started, store = time.time(), nf4.storage(cfg.bits, cfg.compile)  # refuses --compile with 4 bits
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, store)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "

@@ -120,6 +120,7 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 def peak_bytes(runner, problems: list[Kind], device: torch.device) -> int:
     """The largest number of allocated bytes during a step of one micro-batch."""
+    nf4.BUFFERS.clear()  # the step allocates them again, so they count
     held, batches = held_bytes(runner.model, runner.optimizer), runner.prepare(problems)
     assert len(batches) == 1, "these problems need more than one micro-batch"
     if device.type == "cuda":

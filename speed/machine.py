@@ -1,4 +1,6 @@
 """The limits of this machine, and how close an answer comes to them."""
+import ctypes
+import sys
 import time
 from typing import Callable
 
@@ -52,10 +54,15 @@ def bytes_per_token(llama: LLaMA, slots: float) -> float:
 
 class Meter:
     """Time the tokens of one answer: call `tick` after each token, then `report`."""
-    limits = {}  # {device: its bandwidth}, measured once per process because it takes a third of a second
+    limits = {}  # {device: its bandwidth}
 
     def __init__(self, model: LaVIN, prompt: int):
         self.model, self.prompt, self.started, self.marks = model, prompt, time.perf_counter(), []
+
+    @classmethod
+    def prepare(cls, device: torch.device) -> None:
+        """Measure the bandwidth. Takes 0.3 s and 0.27 GB, so do it before the model is loaded."""
+        cls.limits[device] = max(bandwidth(device, tries=3))
 
     def tick(self) -> None:
         self.marks.append(time.perf_counter())
@@ -66,10 +73,25 @@ class Meter:
         text = f"{n} tokens in {seconds:.2f} s, {n / seconds:.3g} tokens/s"
         if n < 2:
             return text
-        device = self.model.device
-        if device not in self.limits:
-            self.limits[device] = max(bandwidth(device, tries=3))
         step = (self.marks[-1] - self.marks[0]) / (n - 1)
         rate = bytes_per_token(self.model.llama, self.prompt + n / 2) / step
         return (f"{text}; after the first token {rate / 1e9:.2f} GB/s of weights and cache, "
-                f"{rate / self.limits[device]:.0%} of the memory bandwidth")
+                f"{rate / self.limits[self.model.device]:.0%} of the memory bandwidth")
+
+
+def glibc(function: str, *args: int) -> None:
+    """Call a function of glibc, the C library of most Linux systems. Do nothing on others."""
+    found = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    if found:
+        found(*args)
+
+
+def release_freed_memory() -> None:
+    """Hand what is free back to the system. glibc keeps pieces that are too small for the next tensor."""
+    glibc("malloc_trim", 0)
+
+
+def keep_no_freed_tensor() -> None:
+    """From now on, hand each tensor of 256 KB or more back when it is freed. Costs page faults, so time."""
+    M_MMAP_THRESHOLD = -3
+    glibc("mallopt", M_MMAP_THRESHOLD, 2 ** 18)

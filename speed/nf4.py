@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import weights
+from speed.machine import keep_no_freed_tensor
 
 BLOCK, GROUP = 64, 256  # weights per absmax; absmax values per low and step
 BITS = 4 + 8 / BLOCK + 64 / (BLOCK * GROUP)
@@ -72,13 +73,26 @@ def quantise(W: torch.Tensor) -> Quantised:
     return q
 
 
+BUFFERS = {}  # {(device, dtype): memory that every matrix is decoded into}
+
+
+def buffer(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Room for n numbers, the same each time: a matrix is used up before the next one is decoded."""
+    shared = BUFFERS.get((device, dtype))
+    if shared is None or len(shared) < n:
+        with torch.inference_mode(False):  # or training could not write to it later
+            shared = BUFFERS[device, dtype] = torch.empty(n, device=device, dtype=dtype)
+    return shared[:n]
+
+
 def dequantise(q: Quantised, shape: torch.Size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The matrix of this shape. Apart from it, only one chunk is in memory at a time."""
-    W = torch.empty(len(q.codes), BLOCK, dtype=dtype, device=q.codes.device)
+    """The matrix of this shape, in memory that the next call overwrites. Other memory: that of one chunk."""
+    device = q.codes.device
+    W = buffer(2 * q.codes.numel(), device, dtype).view(-1, BLOCK)
     for out, codes, scale in zip(*(t.split(CHUNK) for t in (W, q.codes, q.scales()))):
-        decoded = pairs(W.device).index_select(0, codes.flatten().int()).view(torch.float32).view(-1, BLOCK)
-        out.copy_(decoded.mul_(scale))
-        del decoded  # before the next one is made
+        index = buffer(codes.numel(), device, torch.int32).copy_(codes.flatten())
+        decoded = torch.index_select(pairs(device), 0, index, out=buffer(len(index), device, torch.int64))
+        out.copy_(decoded.view(torch.float32).view(-1, BLOCK).mul_(scale))
     return W.flatten()[: shape.numel()].view(shape)
 
 
@@ -130,4 +144,7 @@ def storage(bits: int, compiled: bool = False) -> Callable | None:
     if bits == 4 and compiled:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
-    return store if bits == 4 else None
+    if bits == 16:
+        return None
+    keep_no_freed_tensor()  # 4 bits are for saving memory, also a CPU's
+    return store

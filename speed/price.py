@@ -181,7 +181,7 @@ def frozen_bytes(model: LaVIN, dtype: torch.dtype, bits: int = 16, ranks: int = 
 
 
 def decoded_bytes(model: LaVIN, dtype: torch.dtype, bits: int) -> int:
-    """Bytes in use while the largest matrix in 4 bits is decoded: its copy, a chunk of indices and fp32."""
+    """Bytes that decoding from 4 bits uses: the largest matrix, a chunk of indices and fp32, the scales."""
     n = model.llama.cfg.dim * model.llama.cfg.ffn_dim
     return 0 if bits == 16 else dtype.itemsize * n + 6 * min(n, nf4.BLOCK * nf4.CHUNK) + 4 * n // nf4.BLOCK
 
@@ -202,14 +202,9 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     loss = T * 4 * c.dim + load.targets * e * c.dim
     # Two peaks come on top of what is kept. In the loss, a chunk of logits exists twice in fp32: as logits
     # and as log-softmax, which then becomes the gradient. In the backward pass of the last block, the loss is
-    # already freed; alive are silu(gate), three gradients of its size, and the gradient of x. In 4 bits and
-    # with few tokens, more is alive a little later: the decoded w3, the gradient of x, and unless the block
-    # is recomputed one more tensor of gate's size.
+    # already freed; alive are silu(gate), three gradients of its size, and the gradient of x.
     chunk = 8 * min(LOSS_ROWS, load.targets) * c.vocab_size
     backward = e * T * (4 * c.ffn_dim + c.dim)
-    if bits == 4:
-        gradients = e * T * (c.dim + c.ffn_dim * (not checkpoint))
-        backward = max(backward, decoded_bytes(model, dtype, bits) + gradients)
     backward += checkpoint * block
     lines = {
         "frozen weights": frozen_bytes(model, dtype, bits, ranks),
@@ -219,7 +214,7 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
         "LLaMA activations": c.n_layers * (e * T * c.dim if checkpoint else block),
         "ViT activations": 0,
         "loss and tables": loss + T * 4 * (c.dim // c.n_heads + 2 * c.n_layers),  # rotary, routing
-        "workspace": max(chunk, backward - loss),
+        "workspace": max(chunk, backward - loss) + decoded_bytes(model, dtype, bits),
     }
     if model.vit is not None and model.cfg.vit_adapters:
         v = model.vit.cfg

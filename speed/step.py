@@ -18,6 +18,7 @@ import adapters
 from data import Batch
 from lavin import LaVIN
 from llama import KVCache, LLaMA, LLaMAConfig, rope_table
+from speed.machine import release_freed_memory
 from speed.nf4 import NF4Linear
 
 
@@ -157,6 +158,8 @@ class FoldedLaVIN(LaVIN):
             for m in modalities:
                 self.projections[m].append(adapters.fold(qkv, adapter, None if w is None else w[i, m]))
             self.use(modalities[0], i)  # layer by layer, so the old matrices are freed early
+            del qkv
+            release_freed_memory()
         self.step = FastStep(self.llama, self.projections)
 
     def routing_weights(self) -> None:

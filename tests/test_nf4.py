@@ -102,7 +102,7 @@ def test_product_and_gradient_have_the_bits_of_linear(autocast, monkeypatch):
     dtype, dtypes, decoded = torch.bfloat16 if autocast else torch.float32, [], layer.decoded
     monkeypatch.setattr(layer, "decoded", lambda dtype: dtypes.append(dtype) or decoded(dtype))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y, y_linear = layer(x), F.linear(x, decoded(dtype))
+        y, y_linear = layer(x), F.linear(x, decoded(dtype).clone())
     assert torch.equal(y, y_linear) and y.dtype == y_linear.dtype
     dy = random(2, 9, 96, seed=2).to(y.dtype)
     (dx,), (dx_linear,) = (torch.autograd.grad(out, x, dy) for out in (y, y_linear))
@@ -123,10 +123,19 @@ def test_nothing_is_kept_for_the_backward_pass():
     assert leaf.grad.any()
 
 
+def test_all_matrices_are_decoded_into_the_same_memory():
+    layers = [NF4Linear(random(n, 64)) for n in (96, 64, 96)]
+    with torch.inference_mode():
+        where = {layer.decoded(torch.float32).data_ptr() for layer in layers}
+    layers[1].decoded(torch.float32)  # outside of inference mode, too
+    assert len(where) == 1
+
+
 def test_only_one_chunk_is_decoded_at_a_time():
     """Beside the bf16 matrix, the profiler sees less than 12 bytes for each weight of a chunk."""
     layer = NF4Linear(random(2048, 2048))
     layer.decoded(torch.bfloat16)  # caches the table of pairs
+    nf4.BUFFERS.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         layer.decoded(torch.bfloat16)
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
