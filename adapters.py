@@ -1,6 +1,4 @@
-"""What LaVIN trains: RepAdapters, the router that mixes two of them, freezing and folding.
-
-    Luo et al., NeurIPS 2023: https://arxiv.org/abs/2305.15023
+"""What LaVIN trains: RepAdapters and the router that mixes two of them. https://arxiv.org/abs/2305.15023
 
 One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention of the two frozen models:
 
@@ -23,10 +21,9 @@ on differences of positions. Second, an adapter of LLaMA is one affine map per m
 activation. Third, a trained adapter can be merged into the projection that follows it (`fold`). The ViT has
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
-Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two f_a do
-not stay equal: let U = w_0 phi_u1 + w_1 phi_u2, and g_T, g_I the gradients of the loss by U on text and on
-images. Then the gradient of phi_u1 is w_0(text) g_T + w_0(image) g_I, and that of phi_u2 the same with w_1.
-E_m and f_w start at random, so the two differ from the first step on.
+Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. The two phi_u do not
+stay equal: in training, the gradient of the first is multiplied by w_0, that of the second by w_1. These two
+differ, because E_m and f_w start at random.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -54,9 +51,9 @@ def xavier(linear: nn.Linear) -> nn.Linear:
 
 
 class GroupedLinear(nn.Module):
-    """phi_u: r -> d in two groups. The first half of the outputs reads the first half of the hidden units.
+    """phi_u: r -> d in two groups: each half of the outputs reads its own half of the hidden units.
 
-    With two groups phi_u has half the parameters of a dense matrix: https://arxiv.org/abs/2302.08106.
+    So it has half the parameters of a dense matrix: https://arxiv.org/abs/2302.08106.
     """
 
     def __init__(self, r: int, d: int):
@@ -108,10 +105,7 @@ class MMAdapter(nn.Module):
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z'. w is [B, 1, 2], a pair for each row, or [B, T, 2], a pair for each token.
-
-        In training, LLaMA reads all samples, with and without an image, as one long row: w [1, T, 2].
-        """
+        """z [B, T, d] -> z'. w: a pair for each token of a packed row [1, T, 2], or for each row [B, 1, 2]"""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
@@ -158,10 +152,7 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def recompute(f, *args):
-    """Call f(*args) without keeping its intermediate results; the backward pass calls it again.
-
-    For the adapters, norms and activations of both models: cheap to compute, large to keep.
-    """
+    """f(*args), for what is cheap to compute and large to keep: the backward pass computes it again."""
     if not torch.is_grad_enabled():
         return f(*args)
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)

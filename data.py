@@ -14,7 +14,6 @@ not in the sequence (see adapters.py).
 Everything random here depends only on (seed, epoch) or (seed, step, sample). So neither splitting a batch
 over processes or micro-batches nor resuming a run changes the result.
 """
-import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,8 +40,7 @@ class Example:
         return len(self.head) + self.n_visual + len(self.rest)
 
     @property
-    def start(self) -> int:
-        """Position of the first target, t_m not counted."""
+    def start(self) -> int:  # position of the first target, t_m not counted
         return len(self.head) + self.n_visual + self.n_prompt
 
 
@@ -51,8 +49,7 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
-        # Prompt and response are tokenized as one string, as in the released code. The first len(prompt) ids
-        # count as prompt, even if the last of them also holds the beginning of the response.
+        # one string, as in the released code: the prompt's last id may hold the beginning of the response
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -102,10 +99,8 @@ class Batch(NamedTuple):
 
 def collate(examples: list[Example], image_size: int, normalize: str, image_embeds=None) -> Batch:
     """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
-    predict_at, begin = [], 0
-    for e in examples:
-        predict_at.append(np.arange(begin + e.start - 1, begin + e.length - 1))
-        begin += e.length
+    ends = np.cumsum([e.length for e in examples])
+    predict_at = [np.arange(end - e.length + e.start, end) - 1 for e, end in zip(examples, ends)]
     joined = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
     batch = Batch(tokens=joined([ids for e in examples for ids in (e.head, e.rest)]),
                   part_lengths=[len(ids) for e in examples for ids in (e.head, e.rest)],
@@ -121,11 +116,8 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
 
 
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks along with the batch, for two reasons that rule out nn.Dropout.
-
-    The backward pass computes the adapters again and needs the same mask. And a sample's mask must not depend
-    on how the batch is split, so it has a seed of its own: (the run's seed, step, sample).
-    """
+    """Draws dropout's masks with the batch. nn.Dropout would not do: the backward pass computes the adapters
+    again, with the same masks, and the mask of a sample must not depend on how the batch is split."""
     p: float
     r: int  # adapter width
     layers: int  # of LLaMA
@@ -156,8 +148,7 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank, because the largest one
-    decides the peak memory. All ranks get equally many micro-batches, so some may be empty: with --shard, all
-    ranks must take part in every forward pass, because each holds a part of the weights.
+    decides the peak memory. All ranks get as many, some perhaps empty: --shard needs all in a forward pass.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)
@@ -167,9 +158,9 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
 def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
     """n groups of nearly equal length: deal the samples, longest first, to groups 0 .. n-1, n-1 .. 0, 0 .."""
     groups = [[] for _ in range(n)]
-    turns = itertools.cycle([*groups, *reversed(groups)])
-    for i in sorted(samples, key=lambda i: (-lengths[i], i)):
-        next(turns).append(i)
+    for k, i in enumerate(sorted(samples, key=lambda i: (-lengths[i], i))):
+        turn, place = divmod(k, n)
+        groups[place if turn % 2 == 0 else -1 - place].append(i)
     return groups
 
 

@@ -1,7 +1,6 @@
 """LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by adapters, a visual neck and a modality embedding.
 
-    Luo et al., "Cheap and Quick: Efficient Vision-Language Instruction Tuning for LLMs", NeurIPS 2023:
-    https://arxiv.org/abs/2305.15023
+    Luo et al., "Cheap and Quick", NeurIPS 2023: https://arxiv.org/abs/2305.15023
 
 This file holds what joins the models: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq.
 5), generation (Eq. 8). The name of every module that trains begins with `adapter_`.
@@ -57,27 +56,19 @@ class Neck(nn.Module):
         return self.W_u(F.silu(self.W_d(X)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
-def loss_and_gradient(hidden: torch.Tensor, W: torch.Tensor, R: torch.Tensor) -> tuple:
-    """L of hidden states [targets, C], W [V, C] and target ids R [targets], EOS included; and dL/dhidden."""
-    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
-    log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | ..), [targets, 1]
-    L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
-    dL_dlogits = log_p.exp_().scatter_add_(1, R[:, None], -torch.ones_like(log_p_R))  # p, less 1 at R
-    return L, (dL_dlogits.type_as(W) @ W).type_as(hidden)
-
-
 class NegativeLogLikelihood(torch.autograd.Function):
-    """Eq. (5) for LOSS_ROWS targets at a time, because all logits at once would take much memory.
-
-    `forward` computes the gradient as well, so that the logits need not be kept or computed twice.
-    """
+    """Eq. (5). The gradient is computed beside the loss, so that no logits are kept or computed again."""
 
     @staticmethod
-    def forward(ctx, hidden, W, targets):
-        chunks = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS))
-        losses, gradients = zip(*(loss_and_gradient(h, W, R) for h, R in chunks))
-        ctx.save_for_backward(torch.cat(gradients))
-        return sum(losses)
+    def forward(ctx, hidden, W, R):
+        """hidden [targets, C], W [V, C], R [targets]: the ids of the targets, EOS included -> L, fp32"""
+        log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
+        log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | ..), [targets, 1]
+        L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
+        p = log_p.exp_()
+        dL_dlogits = p.scatter_add_(1, R[:, None], -torch.ones_like(log_p_R))  # p - 1 at the target, else p
+        ctx.save_for_backward((dL_dlogits.type_as(W) @ W).type_as(hidden))
+        return L
 
     @staticmethod
     def backward(ctx, dL):
@@ -161,15 +152,16 @@ class LaVIN(nn.Module):
         train.py divides the sum by the number of targets in the global batch, so the update does not depend
         on the split. The released code averages the means of micro-batches, so its update does depend on it.
         """
-        return NegativeLogLikelihood.apply(self.hidden(batch), self.llama.output.weight, batch.targets)
+        hidden, W = self.hidden(batch), self.llama.output.weight
+        chunks = zip(hidden.split(LOSS_ROWS), batch.targets.split(LOSS_ROWS))  # less memory than all at once
+        return sum(NegativeLogLikelihood.apply(h, W, R) for h, R in chunks)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
         """Read the prompts -> logits [B, V] of the next token, a cache with room for more, routing weights"""
         with self.autocast():
             Z, w = self.pack(batch)
-            lengths = torch.tensor(batch.lengths, device=self.device)
-            cache = KVCache(self.llama.cfg, len(lengths), max(batch.lengths) + room, self.device, Z.dtype)
-            last = lengths.cumsum(0) - 1  # each prompt's last token in the row, [B]
+            cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, Z.dtype)
+            last = cache.lengths.cumsum(0) - 1  # each prompt's last token in the row, [B]
             h = self.llama.prefill(Z, w, batch.lengths, cache)[0, last]  # [B, C]
             return self.llama.output(h).float(), cache, None if w is None else w[:, 0, last, None]
 

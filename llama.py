@@ -1,6 +1,4 @@
-"""LLaMA: the frozen language model and its key/value cache.
-
-    Touvron et al. 2023: https://arxiv.org/abs/2302.13971
+"""LLaMA (https://arxiv.org/abs/2302.13971): the frozen language model and its key/value cache.
 
 Official weights come from Meta on request, or from the Hugging Face hub; weights.py reads both layouts.
 Parameters have Meta's names. The tokenizer is in official/tokenizer.py.
@@ -51,9 +49,8 @@ PRESETS = {
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in fp32"""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight, in fp32"""
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
 
 
@@ -61,8 +58,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    freq = slowed(freq, cfg.rope_scaling)  # LLaMA-3.1 and later
-    angle = positions[..., None, None].float() * freq
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # from LLaMA-3.1 on
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -80,11 +76,6 @@ def dot_product_attention(q, k, v, mask=None, is_causal: bool = False) -> torch.
     return y.transpose(1, 2)
 
 
-def packed_positions(lengths: list[int], device) -> torch.Tensor:
-    """The position of each token in its own sequence, [T]"""
-    return torch.cat([torch.arange(n, device=device) for n in lengths])
-
-
 def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
     """Causal attention in each of the sequences that are packed in a row; none sees another."""
     sequences = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
@@ -92,14 +83,14 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of B sequences: k and v are lists of L tensors [B, G, S, D]. Slot s holds token s."""
+    """Keys and values of B sequences. k and v: one [B, G, S, D] per layer, with room for answers."""
 
-    def __init__(self, cfg: LLaMAConfig, B: int, S: int, device=None, dtype=None):
-        shape = B, cfg.n_kv_heads, S, cfg.dim // cfg.n_heads
+    def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
+        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads  # [B, G, S, D]
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
                           for _ in range(2))
-        self.lengths = torch.zeros(B, dtype=torch.long, device=device)  # tokens of each sequence
-        self.filled = 0  # tokens of the longest sequence
+        self.lengths = torch.tensor(lengths, device=device)  # tokens of each sequence
+        self.filled = max(lengths)  # tokens of the longest sequence
 
     def grow(self) -> torch.Tensor:
         """Count one more token of each sequence; return its positions [B]."""
@@ -180,13 +171,13 @@ class LLaMA(nn.Module):
         """
         x = x if x.is_floating_point() else self.tok_embeddings(x)
         lengths = lengths or [x.shape[1]]
+        positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
         attend = lambda layer, q, k, v: packed_attention(q, k, v, lengths)
-        return self.blocks(x, w, packed_positions(lengths, x.device), attend, dropout_mask)
+        return self.blocks(x, w, positions, attend, dropout_mask)
 
     def prefill(self, x, w, lengths: list[int], cache: KVCache) -> torch.Tensor:
         """Read packed prompts, x [1, T, C], into a new cache -> [1, T, C]"""
-        positions, cache.filled = packed_positions(lengths, x.device), max(lengths)
-        cache.lengths = torch.tensor(lengths, device=x.device)
+        positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])  # [T]
         rows = torch.arange(len(lengths), device=x.device).repeat_interleave(cache.lengths)  # [T]
 
         def attend(layer, q, k, v):

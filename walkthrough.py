@@ -109,7 +109,7 @@ print("One adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name,
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, f"the loss\nright: {RED}\nwrong: The answer is B.", lavin.loss_and_gradient)
+equation(5, f"the loss\nright: {RED}\nwrong: The answer is B.", lavin.NegativeLogLikelihood.forward)
 here = model(right_batch), model(wrong_batch)
 check("L", "response", here, [-naive_right.log_p.sum(), -naive_wrong.log_p.sum()])
 

@@ -55,7 +55,7 @@ class Program(FastStep):
         H, eps, L = self.cfg.n_heads, self.cfg.norm_eps, self.cfg.n_layers
         self.modules = {m: Exported(weights, H, eps) for m, weights in self.weights.items()}
         self.loaded, module = None, next(iter(self.modules.values()))
-        cache = KVCache(self.cfg, 1, 32, dtype=llama.norm.weight.dtype)
+        cache = KVCache(self.cfg, [0], 32, dtype=llama.norm.weight.dtype)
         slots, filled = torch.export.Dim("slots"), torch.export.Dim("filled")
         example = torch.tensor([1]), torch.tensor([15]), self.rope[:16], cache.k, cache.v
         shapes = None, None, {0: filled}, [{2: slots}] * L, [{2: slots}] * L
@@ -93,7 +93,7 @@ class Graph(FastStep):
         slots = max(256, 1 << (cache.k[0].shape[2] - 1).bit_length())
         if slots != self.slots:
             c, self.slots, device = self.cfg, slots, self.device
-            kept = KVCache(c, 1, slots, device, cache.k[0].dtype)
+            kept = KVCache(c, [0], slots, device, cache.k[0].dtype)
             self.keys, self.values = kept.k, kept.v
             self.rope = rope_pairs(slots, c, device)
             self.all_slots = torch.arange(slots, device=device)
