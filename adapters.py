@@ -21,9 +21,10 @@ on differences of positions. Second, an adapter of LLaMA is one affine map per m
 activation. Third, a trained adapter can be merged into the projection that follows it (`fold`). The ViT has
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
-Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. The two phi_u do not
-stay equal: in training, the gradient of the first is multiplied by w_0, that of the second by w_1. These two
-differ, because E_m and f_w start at random.
+Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two phi_u do
+not stay equal: the gradient of the first is w_0(text) g_T + w_0(image) g_I, where g_T and g_I come from text
+and from images. That of the second has w_1. E_m is random, so w(text) is not w(image), and the two gradients
+are not proportional. (If they were, AdamW, which cancels a factor, would update both alike.)
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -38,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class AdapterConfig:
-    kind: str = "mm"  # in LLaMA: "mm" = MM-Adapter, "rep" = one RepAdapter without a router
+    kind: str = "mm"  # in LLaMA: "mm" = MM-Adapter, "rep" = one RepAdapter, no router. In the ViT always MM
     dim: int = 8  # r, the number of hidden units
     scale: float = 1.0  # s
     tau: float = 10.0  # router temperature: 10 for LLaMA-7B, 5 for 13B
@@ -100,12 +101,12 @@ class MMAdapter(nn.Module):
         self.f_w = nn.Linear(d, 2)  # W_m and b_m; the paper's f_w includes the softmax
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """w [.., 2] in fp32. t [.., d]: t_m (LLaMA) or [cls] (ViT) in this layer, after the norm of z."""
+        """w [.., 2], fp32, from t [.., d]: t_m (LLaMA) or [cls] (ViT) in this layer, normalised like z."""
         logits = self.f_w(t).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z'. w: a pair for each token of a packed row [1, T, 2], or for each row [B, 1, 2]"""
+        """z [B, T, d] -> z' [B, T, d]. w: a pair (w_0, w_1) for each token [B, T, 2] or each row [B, 1, 2]"""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each

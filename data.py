@@ -49,7 +49,7 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
-        # one string, as in the released code: the prompt's last id may hold the beginning of the response
+        # as released, one string: an id that holds the prompt's end and the response's start counts as prompt
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -147,8 +147,8 @@ class MaskSampler(NamedTuple):
 def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
-    The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank, because the largest one
-    decides the peak memory. All ranks get as many, some perhaps empty: --shard needs all in a forward pass.
+    The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank: the largest decides the
+    peak memory. All ranks get the same number, some empty: with --shard, a forward pass needs all ranks.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)

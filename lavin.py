@@ -57,7 +57,7 @@ class Neck(nn.Module):
 
 
 class NegativeLogLikelihood(torch.autograd.Function):
-    """Eq. (5). The gradient is computed beside the loss, so that no logits are kept or computed again."""
+    """Eq. (5). Computes dL/dhidden beside L and keeps it, so that no logits are kept or computed again."""
 
     @staticmethod
     def forward(ctx, hidden, W, R):
@@ -65,10 +65,11 @@ class NegativeLogLikelihood(torch.autograd.Function):
         log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
         log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | ..), [targets, 1]
         L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
-        p = log_p.exp_()
+        p = log_p.exp_()  # in place: log_p is no longer needed
         dL_dlogits = p.scatter_add_(1, R[:, None], -torch.ones_like(log_p_R))  # p - 1 at the target, else p
-        ctx.save_for_backward((dL_dlogits.type_as(W) @ W).type_as(hidden))
-        return L
+        dL_dhidden = dL_dlogits.type_as(W) @ W
+        ctx.save_for_backward(dL_dhidden.type_as(hidden))
+        return L  # of these targets; the sum over samples i and steps s is one sum over all targets
 
     @staticmethod
     def backward(ctx, dL):
@@ -130,16 +131,16 @@ class LaVIN(nn.Module):
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # [n or 0, C]
             # as released, X' stands inside Y. t_m goes to LLaMA.route, because no other token sees it
-            Z.append(torch.cat([Y_head, X_prime, Y_rest]))  # Eq. (7): Z = [t_m, X', Y]; text alone: [t_m, Y]
+            Z += [torch.cat([Y_head, X_prime, Y_rest])]  # Eq. (7): Z = [t_m, X', Y]; t_m apart, X' inside Y
         return Z
 
     def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All samples end to end: Z [1, T, C]; each token's w in every layer, [L, 1, T, 2], or None."""
-        Z, w = torch.cat(self.embed(batch)), self.routing_weights()
-        if w is not None:  # every token gets the pair of its sample's modality
-            pairs = [w[:, None, m].expand(-1, length, -1) for m, length in zip(batch.modality, batch.lengths)]
-            w = torch.cat(pairs, dim=1)[:, None]
-        return Z[None], w
+        Z, w = torch.cat(self.embed(batch))[None], self.routing_weights()
+        if w is None:
+            return Z, None
+        modality_of_token = [m for m, length in zip(batch.modality, batch.lengths) for _ in range(length)]
+        return Z, w[:, None, modality_of_token]
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
@@ -163,7 +164,8 @@ class LaVIN(nn.Module):
             cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, Z.dtype)
             last = cache.lengths.cumsum(0) - 1  # each prompt's last token in the row, [B]
             h = self.llama.prefill(Z, w, batch.lengths, cache)[0, last]  # [B, C]
-            return self.llama.output(h).float(), cache, None if w is None else w[:, 0, last, None]
+            w = None if w is None else w[:, 0, last, None]  # the pair of each row's last token, [L, B, 1, 2]
+            return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Read one more token of each row, [B] -> logits [B, V] of the next; w [L, B, 1, 2]"""
@@ -186,8 +188,8 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for _ in range(max_new_tokens):
-            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}); here for one s
-            R_s = pick(p, temperature, top_p, random)  # [B]; p[R_s] is the factor of this s
+            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}), factor s
+            R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
             done = [d or id == eos for d, id in zip(done, ids)]
             if all(done):

@@ -1,7 +1,6 @@
 """LLaMA (https://arxiv.org/abs/2302.13971): the frozen language model and its key/value cache.
 
-Official weights come from Meta on request, or from the Hugging Face hub; weights.py reads both layouts.
-Parameters have Meta's names. The tokenizer is in official/tokenizer.py.
+weights.py reads official weights, in Meta's layout or Hugging Face's. Parameters have Meta's names.
 
 There are three ways through the blocks. `forward` trains on sequences that are packed end to end, without
 padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence. The
@@ -34,7 +33,7 @@ class LLaMAConfig:
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
     n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
-    rope_scaling: dict | None = None  # only from LLaMA-3.1 on: slower rotation, see official/rope.py
+    rope_scaling: dict | None = None  # from LLaMA-3.1 on: slower rotation, see official/rope.py; None: none
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -58,7 +57,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # from LLaMA-3.1 on
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # None: as it is
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -133,8 +132,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then feed-forward layer.
 
-    Kept of each token for the backward pass: x before and after the attention; q, k, v; the attention's
-    output and log-sum-exp per head; w1 x and w3 x. Norms, adapter and silu(w1 x) are computed again.
+    Autograd keeps of each token, for the backward pass: x before and after the attention; q, k, v; the output
+    of attention and its log-sum-exp per head; w1 x, w3 x. Norms, adapter and silu(w1 x) are computed again.
     """
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
@@ -201,8 +200,9 @@ class LLaMA(nn.Module):
     def blocks(self, x, w, positions, attend, dropout_mask=None) -> torch.Tensor:
         """All blocks and the last norm."""
         rope = rope_table(positions, self.cfg)
-        w, masks = ([None] * len(self.layers) if given is None else given for given in (w, dropout_mask))
-        for block, w_i, mask_i in zip(self.layers, w, masks):
+        for i, block in enumerate(self.layers):
+            w_i = None if w is None else w[i]
+            mask_i = None if dropout_mask is None else dropout_mask[i]
             run = partial(recompute, block) if self.recompute_blocks else block
             x = run(x, rope, attend, w_i, mask_i)
         return self.norm(x)
@@ -218,7 +218,7 @@ class LLaMA(nn.Module):
         def attend(layer, q, k, v):
             return v.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=2)  # [1, M, H, D]
 
-        for block in self.layers:  # without dropout; the released code has it here, too
+        for block in self.layers:  # no dropout here; the released code applies it to t_m, too
             w = block.adapter_attn.route(block.attention_norm(t))  # [1, M, 2]
             t = block(t, rope, attend, w)
             routing_weights.append(w[0])

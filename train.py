@@ -1,4 +1,4 @@
-"""Train LaVIN's adapters: mixture-of-modality training, section 3.1 of the paper.
+"""Train LaVIN's adapters: mixture-of-modality training, section 3.1 of the paper. The loop is in `train`.
 
     python train.py                                      the built-in small world, on a CPU
     python train.py --recipe paper --llama LLaMA-7B --clip ViT-L-14 --data ScienceQA       one GPU
@@ -170,14 +170,15 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
     say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {dataset.per_epoch} per "
         f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = "
-        f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}{'; sharded, so without a test' * cfg.shard}")
+        f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}"
+        + ("; sharded, so without a test" if cfg.shard else ""))
 
     # all gradients and the loss lie in one buffer, so one all-reduce sums them; p.grad are views of it
     buffer = torch.zeros(n_params + 1, device=device)
     gradients, loss_sum = buffer[:-1], buffer[-1]
     for p, g in zip(theta_a.values(), gradients.split([p.numel() for p in theta_a.values()])):
         p.grad = g.view_as(p)
-    optimizer = optimizer_for(theta_a, cfg)
+    optimizer = optimizer_for(theta_a, cfg)  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a)
     must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {  # the same flags, tokens and base
         "data": fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, must_match) if cfg.resume else 0
@@ -200,7 +201,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of theta_a alone
+        optimizer.step()  # moves theta_a alone
 
         done = step + 1
         if is_main:

@@ -64,7 +64,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Here, Z is layer 0's input for [BOS] 'Image: ' (3 tokens) and the prompt (17); w is that for images.")
+print("Z: the input of layer 0's adapter for 20 text tokens, [BOS] 'Image: ' and the prompt. w: for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -91,9 +91,9 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "what trains. f_phi is the frozen LLM, phi_d, phi_u are the adapter's", train.train)
-print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? A number e is added to each\n"
-      "entry of its phi_d.bias: dL/de by autograd, by finite differences. L: of the wrong answer below.")
+equation(4, "what trains. f_phi is the frozen LLM; phi_d and phi_u belong to the adapter", train.train)
+print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? Add one number e to all\n"
+      "entries of its phi_d.bias: below is dL/de, by autograd and by finite differences.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
@@ -104,7 +104,7 @@ with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
 a, a_vit = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0].adapter_attn
-print("One adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, part in a.named_children()),
+print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, part in a.named_children()),
       f"= {count(a)}.\nLaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 

@@ -137,13 +137,10 @@ def store(model: nn.Module, name: str) -> None:
         model.set_submodule(name, NF4Linear(model.get_submodule(name).weight))
 
 
-def storage(bits: int, compiled: bool = False) -> Callable | None:
+def storage(bits: int) -> Callable | None:
     """What --bits hands to `weights.load`; None: keep the tensors as they are. ValueError if it cannot be."""
     if bits not in (4, 16):
         raise ValueError(f"unknown --bits {bits}; known: 4, 16")
-    if bits == 4 and compiled:
-        raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
-                         "--compile or --bits 4")
     if bits == 16:
         return None
     keep_no_freed_tensor()  # 4 bits are for saving memory, also a CPU's

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA, ROOT, ROWS, all_logits, make_batch, make_lavin, one_line, run_main
+from conftest import LLAMA, ROOT, ROWS, all_logits, make_batch, make_lavin, run_main
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import evaluate
@@ -386,4 +386,3 @@ def test_other_bits_are_one_line(run, small_world, tmp_path, command):
 def test_compiling_is_refused_before_weights_are_read(run):
     told = fails(run, sample.main, "--bits", "4", "--compile", "--llama", "nowhere")
     assert "--compile needs folded adapters" in told and "leave out --compile or --bits 4" in told
-    assert one_line(nf4.storage, 4, compiled=True) in told
