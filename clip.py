@@ -77,6 +77,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Kept for the backward pass: as in LLaMA's block, with c_fc x in place of w1 x and w3 x"""
+
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
         self.ln_1 = LayerNorm(cfg.width)

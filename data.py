@@ -1,7 +1,7 @@
 """From samples (prompts.py) to token ids, batches, their order in training, and dropout's masks.
 
-A ScienceQA problem with an image, in the format QCM-ALE (question, context, options - answer, lecture,
-explanation):
+A ScienceQA problem with an image, in the format QCM-ALE (Question, Context, Multiple choice - Answer,
+Lecture, Explanation):
 
     head      [BOS] "Image: "
     X'        the visual tokens, which LaVIN inserts: six with ViT-L/14
@@ -49,7 +49,7 @@ def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
-        # as released, one string: an id that holds the prompt's end and the response's start counts as prompt
+        # tokenized as one string, as released: an id that spans prompt and response counts as prompt
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
 
@@ -69,7 +69,6 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
         count["kept"] += 1
         count["cut"] += e.length > max_len
         count["with a picture"] += e.n_visual > 0
-        # int32 arrays: lists of ints take 9 times the memory, and LLaVA's conversations have 350,000 turns
         e.rest = np.array(e.rest[:max_len - len(e.head) - e.n_visual], dtype=np.int32)
         examples.append(e)
     return examples, count
@@ -99,7 +98,7 @@ class Batch(NamedTuple):
 
 def collate(examples: list[Example], image_size: int, normalize: str, image_embeds=None) -> Batch:
     """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
-    ends = np.cumsum([e.length for e in examples])
+    ends = np.cumsum([e.length for e in examples])  # a target is predicted one position before its own:
     predict_at = [np.arange(end - e.length + e.start, end) - 1 for e, end in zip(examples, ends)]
     joined = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
     batch = Batch(tokens=joined([ids for e in examples for ids in (e.head, e.rest)]),
@@ -127,7 +126,8 @@ class MaskSampler(NamedTuple):
     @classmethod
     def of(cls, model) -> "MaskSampler | None":
         """A sampler of masks for this model; None if it trains without dropout."""
-        cfg, vit = model.cfg.adapter, model.vit if model.cfg.vit_adapters else None
+        cfg = model.cfg.adapter
+        vit = model.vit if model.cfg.vit_adapters else None
         blocks, tokens = (vit.cfg.layers, len(vit.positional_embedding)) if vit else (0, 0)
         return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
 
@@ -148,7 +148,7 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank: the largest decides the
-    peak memory. All ranks get the same number, some empty: with --shard, a forward pass needs all ranks.
+    peak memory. All ranks get equally many micro-batches, some empty: --shard needs all in a forward pass.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)
@@ -189,7 +189,7 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            # an empty micro-batch gets a sample, but no target, so its loss is 0
+            # an empty micro-batch gets a sample without targets: its loss is 0, and its gradients are 0
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
             if not indices:

@@ -9,7 +9,8 @@ Precision on a GPU: the frozen models (the base) are stored in bf16, and matrix 
 bf16 (`autocast`). Norms, rotary embedding, the routers' softmax and the loss are computed in fp32. Adapters
 are stored in fp32, because bf16 would round small updates away.
 
-Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, L LLaMA layers, V vocabulary.
+Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, V vocabulary, L LLaMA's layers. In
+Eq. (5), L is the loss.
 """
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -57,7 +58,7 @@ class Neck(nn.Module):
 
 
 class NegativeLogLikelihood(torch.autograd.Function):
-    """Eq. (5). Computes dL/dhidden beside L and keeps it, so that no logits are kept or computed again."""
+    """Eq. (5). Computes dL/dhidden together with L, so the backward pass needs neither logits nor hidden."""
 
     @staticmethod
     def forward(ctx, hidden, W, R):
@@ -113,7 +114,7 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of every sample with an image, [.., n, C]. Released code: a black image for others.
+        """X' of every sample with an image, [.., n, C]. The released code encodes a black image for others.
 
         Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
         In a chat, the batch already holds X': an image is not encoded again in every turn.
@@ -164,7 +165,7 @@ class LaVIN(nn.Module):
             cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, Z.dtype)
             last = cache.lengths.cumsum(0) - 1  # each prompt's last token in the row, [B]
             h = self.llama.prefill(Z, w, batch.lengths, cache)[0, last]  # [B, C]
-            w = None if w is None else w[:, 0, last, None]  # the pair of each row's last token, [L, B, 1, 2]
+            w = None if w is None else w[:, 0, last].unsqueeze(2)  # of each row's last token, [L, B, 1, 2]
             return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -178,8 +179,8 @@ class LaVIN(nn.Module):
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
-        Rows may differ in length and modality. A row's answer does not depend on the others: each step draws
-        one random number, however many rows use it. ValueError if a prompt does not fit the context.
+        Rows may differ in length and modality. They share one random number per step, so a row's answer does
+        not depend on the others. ValueError if a prompt does not fit the context.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -223,14 +224,14 @@ def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Genera
 
 
 def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device="cpu", dtype=torch.float32,
-         any_base: bool = False, store: Callable | None = None) -> tuple[LaVIN, dict]:
+         any_base: bool = False, after_read: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base has other sizes, or other weights unless `any_base`. store: as in llama.py.
+    ValueError if the base has other sizes, or other weights unless `any_base`. after_read: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})
-    llama = LLaMA.from_pretrained(llama_path, device, dtype, store)
+    llama = LLaMA.from_pretrained(llama_path, device, dtype, after_read)
     vit = VisionTransformer.from_pretrained(clip_path, device, dtype) if cfg.vision else None
     model = LaVIN(llama, vit, cfg)
     weights.check_base(path, meta, model, f"{llama_path} + {clip_path}", any_base)

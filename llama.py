@@ -57,7 +57,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # None: as it is
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged in LLaMA-1, 2
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -99,7 +99,7 @@ class KVCache:
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [N, G, D] of N tokens at their rows and positions [N]; return all, [B, filled, G, D]"""
         keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
-        keys[rows, positions], values[rows, positions] = k, v
+        keys[rows, positions], values[rows, positions] = k, v  # written through the views into self.k, self.v
         return keys[:, :self.filled], values[:, :self.filled]
 
 
@@ -130,10 +130,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward layer.
-
-    Autograd keeps of each token, for the backward pass: x before and after the attention; q, k, v; the output
-    of attention and its log-sum-exp per head; w1 x, w3 x. Norms, adapter and silu(w1 x) are computed again.
+    """Attention, then feed-forward layer. For the backward pass, autograd keeps of each token: x before and
+    after the attention; q, k, v; the output of attention and its log-sum-exp per head; w1 x, w3 x. Norms,
+    adapter and silu(w1 x) are computed again. A frozen matrix keeps nothing: the gradient of its input needs
+    only its weight.
     """
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
@@ -225,6 +225,6 @@ class LLaMA(nn.Module):
         return torch.stack(routing_weights)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, store=None) -> "LLaMA":
-        """Read official weights. store: packs (--bits 4) or spreads (--shard) each module once it is read."""
-        return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, store)
+    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, after_read=None) -> "LLaMA":
+        """Read official weights. after_read, if given, packs (--bits 4) or spreads (--shard) each module."""
+        return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, after_read)

@@ -8,7 +8,7 @@
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
 image and the turns. A chat is one row: head, X', prompt, answer, prompt, answer, prompt; if it gets too long,
-the oldest turns go. Prompts look as in training: like ScienceQA's, unless train.py's --data had no such set.
+the oldest turns go. Prompts have ScienceQA's format, unless the training data had none in it.
 """
 import sys
 import time
@@ -112,12 +112,12 @@ def main() -> None:
     if cfg.image:
         open_image(cfg.image)  # report a bad image before the weights are read
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    Meter.prepare(device)
     if cfg.compile and cfg.bits == 4:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
-    started, store = time.time(), nf4.storage(cfg.bits)  # store: packs each matrix once it is read
-    model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, store)
+    Meter.prepare(device)
+    started, after_read = time.time(), nf4.after_read(cfg.bits)  # packs each matrix once it is read, or None
+    model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
           f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
     if cfg.routing:
@@ -125,7 +125,7 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    model = folded(model, *modalities)  # adapters merged into wq, wk, wv for each modality; a faster `decode`
+    model = folded(model, *modalities)  # a LaVIN with w and adapters merged into wq, wk, wv; faster `decode`
     if cfg.compile:
         from speed.compiling import compile_step
         started = time.time()

@@ -110,7 +110,7 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
               "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
 
 
-def fingerprint(examples: list[data.Example]) -> str:
+def hash_of(examples: list[data.Example]) -> str:
     """A hash of all token ids and image names"""
     digest = hashlib.sha256()
     for e in examples:
@@ -123,8 +123,8 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
     # a function that shards or packs each module once it is read; None: keep it as it is
-    store = shard.storage(device.type, cfg.bits) if cfg.shard else nf4.storage(cfg.bits)
-    llama = LLaMA.from_pretrained(cfg.llama, device, dtype, store)
+    after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
+    llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.checkpoint
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
     tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
@@ -180,7 +180,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         p.grad = g.view_as(p)
     optimizer = optimizer_for(theta_a, cfg)  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a)
     must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {  # the same flags, tokens and base
-        "data": fingerprint(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
+        "data": hash_of(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, must_match) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),

@@ -64,7 +64,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Z: the input of layer 0's adapter for 20 text tokens, [BOS] 'Image: ' and the prompt. w: for images.")
+print("Z: the input of layer 0's adapter, here without X'. w: the pair (w_0, w_1) for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -74,7 +74,7 @@ before = bare(batch.tokens[None]), vit(batch.images)
 untrained = LaVIN(bare, vit, model.cfg)  # puts new adapters into bare and vit
 image_w = untrained.routing_weights()[:, IMAGE, None, None]  # [layer, 1, 1, 2]: for every row and token
 after = bare(batch.tokens[None], image_w), vit(batch.images)
-print("Untrained adapters leave every bit of the output as it was:", all(map(torch.equal, before, after)))
+print("Without and with untrained adapters, the same bits:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", MMAdapter.route, MMAdapter.forward)
@@ -93,7 +93,7 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. f_phi is the frozen LLM; phi_d and phi_u belong to the adapter", train.train)
 print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? Add one number e to all\n"
-      "entries of its phi_d.bias: below is dL/de, by autograd and by finite differences.")
+      "entries of its phi_d.bias: dL/de by autograd and by finite differences, for the wrong response.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"

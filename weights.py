@@ -86,11 +86,11 @@ def check_base(path: str | Path, meta: dict, model: nn.Module, base: str, any_ba
 
 
 def load(model: Callable, config: Callable, read: Callable, path: str | Path, device, dtype,
-         store: Callable | None = None) -> nn.Module:
+         after_read: Callable | None = None) -> nn.Module:
     """Build model(config(**sizes)) from what read(path) returns, on `device`, as `dtype`.
 
-    Only one tensor is read at a time. Then store(model, name of its module) may keep it in another form, such
-    as 4 bits. ValueError if a shape differs or a value is not finite.
+    Only one tensor is read at a time. Then after_read(model, name of its module) may keep it in another form,
+    such as 4 bits. ValueError if a shape differs or a value is not finite.
     """
     sizes, tensors = read(path)
     with torch.device("meta"):  # names and shapes, no memory
@@ -109,8 +109,8 @@ def load(model: Callable, config: Callable, read: Callable, path: str | Path, de
             if not all(x.isfinite() for x in p.aminmax()):
                 raise ValueError(f"{path}: {name} holds values that are not finite; download it again")
         setattr(model.get_submodule(owner), leaf, p)
-        if store:
-            store(model, owner)
+        if after_read:
+            after_read(model, owner)
     return model
 
 

@@ -226,7 +226,7 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
         raise ValueError(f"--out {out}: predictions are JSON lines; give a name that ends in .jsonl")
     rank, ranks = cli.processes()
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    nf4.storage(cfg.bits)  # refuse an unknown number before anything is read or written
+    nf4.after_read(cfg.bits)  # refuse an unknown number before anything is read or written
     run = {**run, "adapters": hashlib.sha256(Path(cfg.adapters).read_bytes()).hexdigest()[:16],
            "questions": fingerprint(samples), "dtype": str(dtype).removeprefix("torch."), "bits": cfg.bits}
     if out and rank == 0:
@@ -282,6 +282,6 @@ def gather(mine: dict) -> list[dict]:
 
 def load(cfg, device: torch.device, dtype: torch.dtype) -> tuple[lavin.LaVIN, Tokenizer]:
     """The model that the flags name, and its tokenizer."""
-    store = nf4.storage(cfg.bits)
-    model, _ = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, store)
+    after_read = nf4.after_read(cfg.bits)
+    model, _ = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
     return model, Tokenizer(cfg.llama, model.llama.cfg.vocab_size)

@@ -139,10 +139,10 @@ def peak_bytes(runner, problems: list[Kind], device: torch.device) -> int:
 # models and batches
 
 def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
-                store: Callable | None = None) -> None:
+                after_read: Callable | None = None) -> None:
     """Give a model on the meta device random weights: trained ones in fp32, frozen ones in `dtype`.
 
-    store: as for weights.load
+    after_read: as for weights.load
     """
     trained = trainable(model)
     for name, p in list(model.named_parameters()):
@@ -150,8 +150,8 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
         x = torch.empty(p.shape, device=device, dtype=torch.float32 if name in trained else dtype)
         x = x.normal_(std=0.02) if p.ndim > 1 else x.fill_(leaf == "weight")  # 1 for norms, 0 for biases
         setattr(model.get_submodule(owner), leaf, nn.Parameter(x, requires_grad=name in trained))
-        if store:
-            store(model, owner)
+        if after_read:
+            after_read(model, owner)
 
 
 def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = True) -> LaVIN:
@@ -162,7 +162,7 @@ def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = 
     c = replace(c, n_layers=cfg.layers or c.n_layers)
     with torch.device("meta"):
         model = LaVIN(LLaMA(c), VisionTransformer(v) if vision else None, LaVINConfig(vision=vision))
-    store, needed = nf4.storage(cfg.bits), price.frozen_bytes(model, dtype, cfg.bits)
+    after_read, needed = nf4.after_read(cfg.bits), price.frozen_bytes(model, dtype, cfg.bits)
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -171,7 +171,7 @@ def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = 
         raise ValueError(f"--preset {cfg.preset}: the weights need {needed / 1e9:.1f} GB, but {device} has "
                          f"{available / 1e9:.1f}; give --dtype bf16 or fewer --layers, or --bits 4")
     torch.manual_seed(cfg.seed)
-    materialise(model, device, dtype, store)
+    materialise(model, device, dtype, after_read)
     return model
 
 

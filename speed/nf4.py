@@ -131,17 +131,17 @@ class NF4Linear(nn.Module):
         return Product.apply(x, self)
 
 
-def store(model: nn.Module, name: str) -> None:
+def pack(model: nn.Module, name: str) -> None:
     """Replace the module of this name if it is one of MATRICES. `weights.load` calls it after each tensor."""
     if name.rpartition(".")[2] in MATRICES:
         model.set_submodule(name, NF4Linear(model.get_submodule(name).weight))
 
 
-def storage(bits: int) -> Callable | None:
+def after_read(bits: int) -> Callable | None:
     """What --bits hands to `weights.load`; None: keep the tensors as they are. ValueError if it cannot be."""
     if bits not in (4, 16):
         raise ValueError(f"unknown --bits {bits}; known: 4, 16")
     if bits == 16:
         return None
     keep_no_freed_tensor()  # 4 bits are for saving memory, also a CPU's
-    return store
+    return pack

@@ -21,7 +21,7 @@ def check(bits: int) -> None:
         raise ValueError("--shard cannot spread matrices in 4 bits; leave out --shard or --bits")
 
 
-def storage(device: str, bits: int) -> Callable:
+def after_read(device: str, bits: int) -> Callable:
     """What --shard hands to `weights.load`: it shards a block once the block's last tensor has been read."""
     check(bits)
     ranks = cli.processes()[1]
@@ -31,7 +31,7 @@ def storage(device: str, bits: int) -> Callable:
     from torch.distributed.fsdp import fully_shard  # slow to import
     mesh = init_device_mesh(device, (ranks,))
 
-    def store(model: nn.Module, name: str) -> None:
+    def spread(model: nn.Module, name: str) -> None:
         module = model.get_submodule(name)
         module.sketch = weights.sketch(module.weight)  # of the whole tensor: base and adapters match by it
         if name.startswith("layers."):
@@ -40,4 +40,4 @@ def storage(device: str, bits: int) -> Callable:
                 whole = {block.attention_norm.weight}  # small, and LLaMA.route needs it before the block runs
                 fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
-    return store
+    return spread

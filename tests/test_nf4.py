@@ -37,7 +37,7 @@ def round_trip(W: torch.Tensor) -> torch.Tensor:
 
 def in_4_bits(model: torch.nn.Module) -> torch.nn.Module:
     for name, _ in list(model.named_modules()):
-        nf4.store(model, name)
+        nf4.pack(model, name)
     return model
 
 
@@ -197,7 +197,7 @@ def test_the_fingerprint_is_that_of_the_original():
 
 def test_loading_goes_tensor_by_tensor(monkeypatch):
     """A matrix is freed once it has its codes: at most the last one is still there when the next is read."""
-    storages, alive, store = [], [], nf4.store
+    storages, alive, pack = [], [], nf4.pack
 
     def spy(model, name):
         if name.rpartition(".")[2] in nf4.MATRICES:
@@ -206,9 +206,9 @@ def test_loading_goes_tensor_by_tensor(monkeypatch):
             assert read == [model.get_submodule(name)]  # the others are codes, or still in the file
             alive.append(sum(not s.expired() for s in storages))
             storages.append(StorageWeakRef(read[0].weight.untyped_storage()))
-        store(model, name)
+        pack(model, name)
 
-    model = LLaMA.from_pretrained(ROOT / "tiny/llama", store=spy)
+    model = LLaMA.from_pretrained(ROOT / "tiny/llama", after_read=spy)
     assert len(alive) == 7 * len(model.layers) and max(alive) <= 1 and all(s.expired() for s in storages)
     whole = LLaMA.from_pretrained(ROOT / "tiny/llama")
     for layer, original in zip(model.layers, whole.layers):
@@ -219,7 +219,7 @@ def test_loading_goes_tensor_by_tensor(monkeypatch):
 
 def test_adapters_move_between_4_and_16_bits(tmp_path):
     def load(path, bits):
-        return lavin.load(path, ROOT / "tiny/llama", ROOT / "tiny/clip", store=nf4.storage(bits))[0]
+        return lavin.load(path, ROOT / "tiny/llama", ROOT / "tiny/clip", after_read=nf4.after_read(bits))[0]
 
     meta = dict(format="QCM-EA", captions=False, max_new_tokens=4)
     load(ROOT / "tiny/adapters.safetensors", 4).save(tmp_path / "a.safetensors", **meta)
@@ -259,7 +259,7 @@ def test_predicted_memory_equals_measured_memory(dtype, checkpoint, monkeypatch)
     c = llama.LLaMAConfig(dim=512, n_layers=2, n_heads=8, ffn_dim=1376, vocab_size=500)
     with torch.device("meta"):
         model = LaVIN(LLaMA(c), VisionTransformer(bench.PRESETS["tiny"][1]), LaVINConfig())
-    bench.materialise(model, CPU, dtype, nf4.store)
+    bench.materialise(model, CPU, dtype, nf4.pack)
     model.llama.recompute_blocks = checkpoint
     problems = [price.Kind(60, 20, True), price.Kind(40, 20, False)]
     ours = bench.Ours(bench.Config(), model)
