@@ -25,7 +25,7 @@ Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 an
 the two phi_u apart, which start equal: let g_T and g_I be the gradients that a single phi_u would get from a
 batch's text and from its images. The first phi_u gets w_0(text) g_T + w_0(image) g_I, the second the same
 with w_1. E_m is random, so w differs between text and images, and the two sums have different directions.
-(AdamW undoes differences in length.) In the ViT, w differs from image to image, with the same effect.
+(If only their lengths differed, AdamW would move both alike.) In the ViT, w differs from image to image.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -72,7 +72,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """h [B, T, r]; mask: True where a unit survives, drawn with the batch: `recompute` calls this twice."""
+    """h [B, T, r]; mask: True where a unit survives; from data.py, as the backward pass needs the same one."""
     return h if mask is None else h * mask / (1 - p)
 
 

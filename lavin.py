@@ -179,20 +179,21 @@ class LaVIN(nn.Module):
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
-        Rows may differ in length and modality. They share one random number per step, so a row's answer does
-        not depend on the others. ValueError if a prompt does not fit the context.
+        Rows may differ in length and modality. One random number per step serves all rows, so their number
+        changes no answer. ValueError if a prompt does not fit the context.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        max_new_tokens, random = min(max_new_tokens, context - longest), torch.Generator().manual_seed(seed)
+        max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
+        random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
-        for _ in range(max_new_tokens):
-            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}), factor s
-            R_s = pick(p, temperature, top_p, random)  # [B]
+        for s in range(max_new_tokens):
+            p = torch.softmax(logits, -1)  # [B, V]
+            R_s = pick(p, temperature, top_p, random)  # Eq. (8): R_s ~ p(R_s | Z, R_{0:s-1}), one factor
             ids = R_s.tolist()
-            done = [d or id == eos for d, id in zip(done, ids)]
+            done = [d or id == eos or n + s >= context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):
                 return
             yield [None if d else id for d, id in zip(done, ids)]

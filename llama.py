@@ -212,8 +212,8 @@ class LLaMA(nn.Module):
 
         Each t_m attends only to itself. The softmax of a single score is 1, so attention returns its value v.
         """
-        t, routing_weights = t[None], []  # t [1, M, C]
-        rope = rope_table(torch.zeros(1, device=t.device), self.cfg)  # angle 0: no rotation
+        t, routing_weights = t[None], []  # t [1, M, C]: a row of M tokens, none of which sees another
+        rope = rope_table(torch.zeros(1, device=t.device), self.cfg)  # of no effect, q and k are not used
 
         def attend(layer, q, k, v):
             return v.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=2)  # [1, M, H, D]

@@ -8,7 +8,7 @@
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
 image and the turns. A chat is one row: head, X', prompt, answer, prompt, answer, prompt; if it gets too long,
-the oldest turns go. Prompts have ScienceQA's format, unless the training data had none in it.
+the oldest turns go. Prompts have ScienceQA's format if some of the training data had, else "Instruction: ..".
 """
 import sys
 import time
@@ -125,7 +125,9 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    model = folded(model, *modalities)  # a LaVIN with w and adapters merged into wq, wk, wv; faster `decode`
+    # FoldedLaVIN: a LaVIN whose LLaMA has no adapters, because wq, wk and wv have taken them in, by
+    # adapters.fold with the w of each modality. `prefill` puts in those of its modality; `decode` is faster.
+    model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step
         started = time.time()

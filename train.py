@@ -87,6 +87,8 @@ class Config:
     max_new_tokens: int = 48  # [1, 1048576] longest answer
 
 
+# the paper has these epochs and lr, and adapter_dim, tau, batch_size, weight_decay as above; the rest of this
+# recipe, scale and beta2 are those of the released code
 RECIPES = {"tiny": {}, "paper": dict(
     format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, epochs=20.0, warmup=2.0, micro_batch=4,
     lr=9e-3, max_new_tokens=256)}
@@ -178,7 +180,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     gradients, loss_sum = buffer[:-1], buffer[-1]
     for p, g in zip(theta_a.values(), gradients.split([p.numel() for p in theta_a.values()])):
         p.grad = g.view_as(p)
-    optimizer = optimizer_for(theta_a, cfg)  # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a)
+    optimizer = optimizer_for(theta_a, cfg)  # moves theta_a alone
     must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {  # the same flags, tokens and base
         "data": hash_of(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, must_match) if cfg.resume else 0
@@ -192,7 +194,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         for batch in micro_batches:
             with model.autocast():
                 L = model(batch.to(device)) / n_targets  # this micro-batch's part of the global mean
-            L.backward()
+            L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a), theta_a alone
             loss_sum += L.detach()
         if ranks > 1:
             dist.all_reduce(buffer)  # sum
@@ -201,7 +203,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # moves theta_a alone
+        optimizer.step()
 
         done = step + 1
         if is_main:

@@ -64,7 +64,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Z: the input of layer 0's adapter, here without X'. w: the pair (w_0, w_1) for images.")
+print("Z: the input of layer 0's adapter, of [BOS] 'Image: ' (3 tokens) and the prompt (17). w: for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -74,7 +74,7 @@ before = bare(batch.tokens[None]), vit(batch.images)
 untrained = LaVIN(bare, vit, model.cfg)  # puts new adapters into bare and vit
 image_w = untrained.routing_weights()[:, IMAGE, None, None]  # [layer, 1, 1, 2]: for every row and token
 after = bare(batch.tokens[None], image_w), vit(batch.images)
-print("Without and with untrained adapters, the same bits:", all(map(torch.equal, before, after)))
+print("Untrained adapters change no bit of what LLaMA and ViT return:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", MMAdapter.route, MMAdapter.forward)
@@ -92,8 +92,8 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. f_phi is the frozen LLM; phi_d and phi_u belong to the adapter", train.train)
-print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? Add one number e to all\n"
-      "entries of its phi_d.bias: dL/de by autograd and by finite differences, for the wrong response.")
+print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? Add e to every entry of its\n"
+      "phi_d.bias. dL/de comes from autograd, then from finite differences; L is that of 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"

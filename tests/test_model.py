@@ -398,6 +398,13 @@ def test_prompt_longer_than_the_context(lavin):
     assert len(lavin.generate(make_batch([([5] * 60, 0, False)]), 9, eos=-1)[0]) == 2
 
 
+def test_a_long_prompt_does_not_shorten_the_answers_of_others(lavin):
+    rows = [([5] * 60, 0, False), ([5, 9, 7], 0, False)]  # the context holds 64, head included
+    together = lavin.generate(make_batch(rows), 9, eos=-1, temperature=0.0)
+    assert together == [lavin.generate(make_batch([row]), 9, eos=-1, temperature=0.0)[0] for row in rows]
+    assert [len(answer) for answer in together] == [2, 9]
+
+
 def test_adapter_file_round_trip_and_refusals(tmp_path, lavin):
     path = tmp_path / "a.safetensors"
     lavin.save(path, format="QCM-A")
