@@ -88,7 +88,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep": Table 2's 2.9M counts them
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep", as the 2.9M of Table 2 show
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -163,9 +163,9 @@ class LaVIN(nn.Module):
         with self.autocast():
             Z, w = self.pack(batch)
             cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, Z.dtype)
-            last = cache.lengths.cumsum(0) - 1  # each prompt's last token in the row, [B]
+            last = cache.lengths.cumsum(0) - 1  # where each prompt ends in Z, [B]
             h = self.llama.prefill(Z, w, batch.lengths, cache)[0, last]  # [B, C]
-            w = None if w is None else w[:, 0, last].unsqueeze(2)  # of each row's last token, [L, B, 1, 2]
+            w = None if w is None else w[:, 0, last].unsqueeze(2)  # of each prompt's last token, [L, B, 1, 2]
             return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -179,8 +179,8 @@ class LaVIN(nn.Module):
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
-        Rows may differ in length and modality. One random number per step serves all rows, so their number
-        changes no answer. ValueError if a prompt does not fit the context.
+        Rows may differ in length and modality. In a step, all use the same random number, so an answer does
+        not depend on how many others there are. ValueError if a prompt does not fit the context.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -190,8 +190,8 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(max_new_tokens):
-            p = torch.softmax(logits, -1)  # [B, V]
-            R_s = pick(p, temperature, top_p, random)  # Eq. (8): R_s ~ p(R_s | Z, R_{0:s-1}), one factor
+            p = torch.softmax(logits, -1)  # Eq. (8): p(R_s | Z, R_{0:s-1}), one factor of p(R | Z) per step
+            R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
             done = [d or id == eos or n + s >= context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):

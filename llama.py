@@ -226,5 +226,5 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, after_read=None) -> "LLaMA":
-        """Read official weights. after_read, if given, packs (--bits 4) or spreads (--shard) each module."""
+        """Read official weights. after_read, if given, quantises (--bits 4) or shards (--shard)."""
         return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, after_read)

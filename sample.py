@@ -125,8 +125,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # FoldedLaVIN: a LaVIN whose LLaMA has no adapters, because wq, wk and wv have taken them in, by
-    # adapters.fold with the w of each modality. `prefill` puts in those of its modality; `decode` is faster.
+    # speed/step.py: merges LLaMA's adapters into wq, wk and wv (adapters.fold), once for each modality; the
+    # modality of a prompt selects the matrices. Also makes `decode` faster.
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step

@@ -87,8 +87,8 @@ class Config:
     max_new_tokens: int = 48  # [1, 1048576] longest answer
 
 
-# the paper has these epochs and lr, and adapter_dim, tau, batch_size, weight_decay as above; the rest of this
-# recipe, scale and beta2 are those of the released code
+# From the paper: epochs and lr here; adapter_dim, tau, batch_size, weight_decay in Config. From the released
+# code: everything else here; scale and beta2 in Config.
 RECIPES = {"tiny": {}, "paper": dict(
     format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, epochs=20.0, warmup=2.0, micro_batch=4,
     lr=9e-3, max_new_tokens=256)}
@@ -193,8 +193,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         buffer.zero_()
         for batch in micro_batches:
             with model.autocast():
-                L = model(batch.to(device)) / n_targets  # this micro-batch's part of the global mean
-            L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a), theta_a alone
+                L = model(batch.to(device)) / n_targets  # L(f_phi(Z), R; theta_a): its share of the mean
+            L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a), over theta_a
             loss_sum += L.detach()
         if ranks > 1:
             dist.all_reduce(buffer)  # sum

@@ -92,8 +92,8 @@ print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's 
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. f_phi is the frozen LLM; phi_d and phi_u belong to the adapter", train.train)
-print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? Add e to every entry of its\n"
-      "phi_d.bias. dL/de comes from autograd, then from finite differences; L is that of 'The answer is B.'")
+print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? L is the loss of the wrong\n"
+      "response 'The answer is B.', e a number added to all of phi_d.bias: dL/de sums the bias's gradient.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
