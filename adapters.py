@@ -21,11 +21,11 @@ on differences of positions. Second, an adapter of LLaMA is one affine map per m
 activation. Third, a trained adapter can be merged into the projection that follows it (`fold`). The ViT has
 no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
 
-Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. Why the two phi_u,
-which start equal, grow apart in training. Let g_T and g_I be the gradients that a single phi_u would get from
-a batch's text and from its images. The first phi_u gets w_0(text) g_T + w_0(image) g_I, the second the same
-with w_1. E_m is random, so w differs between text and images, and the two sums have different directions. (If
-only their lengths differed, AdamW would move both alike.) In the ViT, w differs from image to image.
+Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. The two phi_u start
+equal, but grow apart. Let g_T and g_I be the gradients that a single phi_u would get from the samples without
+and with an image. The first phi_u gets w_0(text) g_T + w_0(image) g_I, the second the same with w_1. E_m is
+random, so w differs between text and images, and the two sums have different directions. (If only their
+lengths differed, AdamW would move both alike.) In the ViT, w differs from image to image.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.
@@ -72,7 +72,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r], from data.MaskSampler: True where a unit of h survives, also if `recompute` reruns."""
+    """mask [B, T, r]: True where a unit survives. Given, as the backward pass must drop the same ones."""
     return h if mask is None else h * mask / (1 - p)
 
 

@@ -148,7 +148,7 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank: the largest decides the
-    peak memory. All ranks get equally many micro-batches, some empty: with --shard, they run in step.
+    peak memory. All ranks get equally many, some empty, because with --shard they wait for each other.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)

@@ -58,7 +58,7 @@ class Neck(nn.Module):
 
 
 class NegativeLogLikelihood(torch.autograd.Function):
-    """Eq. (5). Computes dL/dhidden together with L, so the backward pass needs neither logits nor hidden."""
+    """Eq. (5), as F.cross_entropy(.., reduction="sum"). Keeps dL/dhidden for the backward pass, no logits."""
 
     @staticmethod
     def forward(ctx, hidden, W, R):
@@ -73,8 +73,8 @@ class NegativeLogLikelihood(torch.autograd.Function):
         return L  # of these targets; the sum over samples i and steps s is one sum over all targets
 
     @staticmethod
-    def backward(ctx, dL):
-        return dL * ctx.saved_tensors[0], None, None
+    def backward(ctx, gradient):  # of L
+        return gradient * ctx.saved_tensors[0], None, None
 
 
 class LaVIN(nn.Module):
@@ -88,7 +88,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep", as the 2.9M of Table 2 show
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep": Table 2 has 2.9M, not 2.7
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing

@@ -8,7 +8,7 @@
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
 image and the turns. A chat is one row: head, X', prompt, answer, prompt, answer, prompt; if it gets too long,
-the oldest turns go. Prompts have ScienceQA's format if some of the training data had, else "Instruction: ..".
+the oldest turns go. Prompts have ScienceQA's format if any training data had it, else "Instruction: ..".
 """
 import sys
 import time
@@ -115,8 +115,8 @@ def main() -> None:
     if cfg.compile and cfg.bits == 4:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
-    Meter.prepare(device)
-    started, after_read = time.time(), nf4.after_read(cfg.bits)  # packs each matrix once it is read, or None
+    Meter.prepare(device)  # measures the memory's bandwidth, for the line after an answer
+    started, after_read = time.time(), nf4.after_read(cfg.bits)  # with 4 bits: quantises what was read
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
           f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
@@ -125,8 +125,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # speed/step.py: merges LLaMA's adapters into wq, wk and wv (adapters.fold), once for each modality; the
-    # modality of a prompt selects the matrices. Also makes `decode` faster.
+    # speed/step.py: a LaVIN whose LLaMA has neither adapters nor w. They are merged into wq, wk and wv, a set
+    # for each modality (adapters.fold); `prefill` puts the right set in. For one row, `decode` is faster.
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step

@@ -87,8 +87,8 @@ class Config:
     max_new_tokens: int = 48  # [1, 1048576] longest answer
 
 
-# From the paper: epochs and lr here; adapter_dim, tau, batch_size, weight_decay in Config. From the released
-# code: everything else here; scale and beta2 in Config.
+# The paper's: epochs and lr below, and adapter_dim, tau, batch_size and weight_decay of Config. The released
+# code's: the others below, and scale and beta2 of Config.
 RECIPES = {"tiny": {}, "paper": dict(
     format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, epochs=20.0, warmup=2.0, micro_batch=4,
     lr=9e-3, max_new_tokens=256)}
@@ -124,7 +124,7 @@ def hash_of(examples: list[data.Example]) -> str:
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
-    # a function that shards or packs each module once it is read; None: keep it as it is
+    # a function that shards or quantises each module once it is read; None: keep it as it is
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.checkpoint
@@ -194,7 +194,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         for batch in micro_batches:
             with model.autocast():
                 L = model(batch.to(device)) / n_targets  # L(f_phi(Z), R; theta_a): its share of the mean
-            L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a), over theta_a
+            L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a): dL/dtheta_a
             loss_sum += L.detach()
         if ranks > 1:
             dist.all_reduce(buffer)  # sum
@@ -203,7 +203,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()
+        optimizer.step()  # .. and a step of theta_a towards the argmin
 
         done = step + 1
         if is_main:

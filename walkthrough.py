@@ -64,7 +64,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Z: the input of layer 0's adapter, of [BOS] 'Image: ' (3 tokens) and the prompt (17). w: for images.")
+print("Z is layer 0's input for [BOS] 'Image: ' (3 tokens) and the prompt (17), w is that for images.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.llama.tok_embeddings(batch.tokens))  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -87,13 +87,13 @@ w_vit, tau = [], model.cfg.adapter.tau  # w_vit: of each block, [image, 1, (w_0,
 for block in model.vit.transformer.resblocks:  # f_w returns [cls] W_m + b_m; the hook keeps the softmax
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, out: w_vit.append((out / tau).softmax(-1)))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT: for the demo, and with red and blue exchanged. Block 0's [cls] has seen no patch.",
+print("w_0 in the ViT: of the demo, and of it with red and blue exchanged. Block 0 has not seen the image.",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "what trains. f_phi is the frozen LLM; phi_d and phi_u belong to the adapter", train.train)
-print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? L is the loss of the wrong\n"
-      "response 'The answer is B.', e a number added to all of phi_d.bias: dL/de sums the bias's gradient.")
+print("Does the gradient reach the ViT's first adapter, through LLaMA and neck? Add e to every entry of its\n"
+      "phi_d.bias: autograd and finite differences agree on dL/de, L being the loss of 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"

@@ -243,7 +243,7 @@ def draw_input(fig: Figure) -> None:
     """Below: the sequence that LLaMA reads, and where its tokens come from."""
     n, y, embeddings = fig.model.vit.n_cls, 790, "llama.tok_embeddings"
     fig.part(310, 664, 260, 58, "adapter_modality_embedding")
-    fig.text(584, 682, "t_m = m E_m, for LLaMA's routers", "lm")
+    fig.text(584, 682, "t_m = m E_m; routers read its state", "lm")
     fig.text(870, 682, "Eq. (1)", "rm")
     fig.arrow((340, 722), (340, y))
     fig.arrow((570, 700), (905, 700), (905, 638), (962, 638))
