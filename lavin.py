@@ -64,13 +64,13 @@ class NegativeLogLikelihood(torch.autograd.Function):
     def forward(ctx, hidden, W, R):
         """hidden [targets, C], W [V, C], R [targets]: the ids of the targets, EOS included -> L, fp32"""
         log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
-        log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | ..), [targets, 1]
+        log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | ..) for all i and s: [targets, 1]
         L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
         p = log_p.exp_()  # in place: log_p is no longer needed
         dL_dlogits = p.scatter_add_(1, R[:, None], -torch.ones_like(log_p_R))  # p - 1 at the target, else p
         dL_dhidden = dL_dlogits.type_as(W) @ W
         ctx.save_for_backward(dL_dhidden.type_as(hidden))
-        return L  # of these targets; the sum over samples i and steps s is one sum over all targets
+        return L
 
     @staticmethod
     def backward(ctx, gradient):  # of L
@@ -130,9 +130,9 @@ class LaVIN(nn.Module):
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
         Z, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
-            X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # [n or 0, C]
-            # as released, X' stands inside Y. t_m goes to LLaMA.route, because no other token sees it
-            Z += [torch.cat([Y_head, X_prime, Y_rest])]  # Eq. (7): Z = [t_m, X', Y]; t_m apart, X' inside Y
+            X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # or no token
+            # as released, X' stands inside Y; t_m, which no other token sees, goes to LLaMA.route instead
+            Z += [torch.cat([Y_head, X_prime, Y_rest])]  # Eq. (7): [t_m, X', Y], but X' inside Y, t_m apart
         return Z
 
     def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

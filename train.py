@@ -194,7 +194,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         for batch in micro_batches:
             with model.autocast():
                 L = model(batch.to(device)) / n_targets  # L(f_phi(Z), R; theta_a): its share of the mean
-            L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a): dL/dtheta_a
+            L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a), by its gradient
             loss_sum += L.detach()
         if ranks > 1:
             dist.all_reduce(buffer)  # sum
@@ -203,7 +203,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # .. and a step of theta_a towards the argmin
+        optimizer.step()  # a step of theta_a towards the argmin
 
         done = step + 1
         if is_main:
