@@ -25,7 +25,7 @@ Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 an
 equal, but grow apart. Let g_T and g_I be the gradients that a single phi_u would get from the samples without
 and with an image. The first phi_u gets w_0(text) g_T + w_0(image) g_I, the second the same with w_1. E_m is
 random, so w differs between text and images, and the two sums have different directions. (If only their
-lengths differed, AdamW would move both alike.) In the ViT, w differs from image to image.
+lengths differed, AdamW would move both alike.) In the ViT, w depends on the image.
 
 Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
 the adapter's; the phi of Eq. (4) is the frozen LLM.

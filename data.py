@@ -12,7 +12,7 @@ Without an image the head is [BOS] "Image: N/A". The targets are the response an
 not in the sequence (see adapters.py).
 
 Everything random here depends only on (seed, epoch) or (seed, step, sample). So neither splitting a batch
-over processes or micro-batches nor resuming a run changes the result.
+over processes or micro-batches nor resuming a run changes what is drawn.
 """
 import math
 from dataclasses import dataclass

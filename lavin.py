@@ -34,7 +34,7 @@ LOSS_ROWS = 256  # targets per chunk of the loss
 
 
 @dataclass
-class LaVINConfig:  # defaults: the paper's; train.py passes its own
+class LaVINConfig:  # defaults: those of --recipe paper; train.py passes its own
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     vision: bool = True  # False: text only, no image encoder (first row of Table 2)
     vit_adapters: bool = True  # adapters in the ViT too: "joint optimisation" in Table 2

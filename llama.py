@@ -4,7 +4,7 @@ weights.py reads official weights, in Meta's layout or Hugging Face's. Parameter
 
 There are three ways through the blocks. `forward` trains on sequences that are packed end to end, without
 padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence. The
-three differ only in the function `attend(layer, q, k, v)` that they hand to the blocks.
+three hand different functions `attend(layer, q, k, v)` to the blocks. So does `route`, for t_m.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.

@@ -126,7 +126,7 @@ def main() -> None:
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
     # speed/step.py: a LaVIN whose LLaMA has neither adapters nor w. They are merged into wq, wk and wv, a set
-    # for each modality (adapters.fold); `prefill` puts the right set in. For one row, `decode` is faster.
+    # for each modality (adapters.fold); each prompt selects its set. For one row, `decode` is faster.
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step

@@ -1,7 +1,7 @@
 """Talk to LaVIN on a web page: questions, pictures, several turns.
 
     pip install -r requirements-web.txt       gradio, which makes the page
-    python web.py                             then open http://127.0.0.1:7860; flags as for sample.py
+    python web.py                             then open http://127.0.0.1:7860; most flags of sample.py
 
 The server keeps nothing between two requests: each brings the history that the page shows, and a new
 Conversation takes it in. The same question after the same history gets the same answer, even on "retry".

@@ -77,7 +77,7 @@ def batches(questions: list[data.Example], batch_size: int) -> list[list[data.Ex
 def rows_that_fit(model, tokens: int) -> int:
     """How many rows of this length fit into a cache of at most half the free memory. At least one."""
     c = model.llama.cfg
-    row = 2 * c.n_layers * c.dim * model.llama.norm.weight.itemsize * tokens
+    row = 2 * c.n_layers * c.n_kv_heads * c.dim // c.n_heads * model.llama.norm.weight.itemsize * tokens
     free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 8e9
     return max(1, int(free / 2 / row))
 
@@ -226,7 +226,7 @@ def predict(cfg, samples: list[Sample], out: str, run: dict, work: Callable) -> 
         raise ValueError(f"--out {out}: predictions are JSON lines; give a name that ends in .jsonl")
     rank, ranks = cli.processes()
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    nf4.after_read(cfg.bits)  # refuse an unknown number before anything is read or written
+    nf4.check(cfg.bits)  # refuse an unknown number before anything is read or written
     run = {**run, "adapters": hashlib.sha256(Path(cfg.adapters).read_bytes()).hexdigest()[:16],
            "questions": fingerprint(samples), "dtype": str(dtype).removeprefix("torch."), "bits": cfg.bits}
     if out and rank == 0:

@@ -38,7 +38,8 @@ def picture(w: torch.Tensor, file: Path, modalities: tuple[int, ...] = (TEXT, IM
 
 def show_routing(model: LaVIN, file: Path) -> None:
     """Print the weights and draw them; ValueError if the adapters have no router."""
-    w = model.routing_weights()
+    with model.autocast():
+        w = model.routing_weights()
     if w is None:
         raise ValueError("these adapters have no router (trained with --adapter rep)")
     w = w.detach().float().cpu()
@@ -49,7 +50,8 @@ def show_routing(model: LaVIN, file: Path) -> None:
 
 def pictures(model: LaVIN, folder: Path) -> dict[int, Path]:
     """Draw the weights of TEXT and of IMAGE into a file each; {} if the adapters have no router."""
-    w = model.routing_weights()
+    with model.autocast():
+        w = model.routing_weights()
     if w is None:
         return {}
     files = {modality: folder / f"routing_{modality}.png" for modality in (TEXT, IMAGE)}

@@ -54,7 +54,7 @@ def bytes_per_token(llama: LLaMA, slots: float) -> float:
 
 class Meter:
     """Time the tokens of one answer: call `tick` after each token, then `report`."""
-    limits = {}  # {device: its bandwidth}
+    limits = {}  # {type of a device: its bandwidth}; "mps" and "mps:0" are one device
 
     def __init__(self, model: LaVIN, prompt: int):
         self.model, self.prompt, self.started, self.marks = model, prompt, time.perf_counter(), []
@@ -62,7 +62,7 @@ class Meter:
     @classmethod
     def prepare(cls, device: torch.device) -> None:
         """Measure the bandwidth. Takes 0.3 s and 0.27 GB, so do it before the model is loaded."""
-        cls.limits[device] = max(bandwidth(device, tries=3))
+        cls.limits[device.type] = max(bandwidth(device, tries=3))
 
     def tick(self) -> None:
         self.marks.append(time.perf_counter())
@@ -76,7 +76,7 @@ class Meter:
         step = (self.marks[-1] - self.marks[0]) / (n - 1)
         rate = bytes_per_token(self.model.llama, self.prompt + n / 2) / step
         return (f"{text}; after the first token {rate / 1e9:.2f} GB/s of weights and cache, "
-                f"{rate / self.limits[self.model.device]:.0%} of the memory bandwidth")
+                f"{rate / self.limits[self.model.device.type]:.0%} of the memory bandwidth")
 
 
 def glibc(function: str, *args: int) -> None:

@@ -137,10 +137,15 @@ def pack(model: nn.Module, name: str) -> None:
         model.set_submodule(name, NF4Linear(model.get_submodule(name).weight))
 
 
-def after_read(bits: int) -> Callable | None:
-    """What --bits hands to `weights.load`; None: keep the tensors as they are. ValueError if it cannot be."""
+def check(bits: int) -> None:
+    """ValueError for a number of bits that --bits does not know."""
     if bits not in (4, 16):
         raise ValueError(f"unknown --bits {bits}; known: 4, 16")
+
+
+def after_read(bits: int) -> Callable | None:
+    """What --bits hands to `weights.load`; None: keep the tensors as they are."""
+    check(bits)
     if bits == 16:
         return None
     keep_no_freed_tensor()  # 4 bits are for saving memory, also a CPU's

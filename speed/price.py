@@ -294,7 +294,7 @@ def table(lines: dict[str, float], units: dict[str, float]) -> list[str]:
 
 def quote(cfg) -> str:
     """What train.py would need with the flags `cfg`: parameters, memory, FLOPs, time. Reads no weights."""
-    nf4.after_read(cfg.bits)  # refuses an unknown number
+    nf4.check(cfg.bits)  # refuses an unknown number
     if cfg.shard:
         shard.check(cfg.bits)
     model = build(cfg)

@@ -13,11 +13,13 @@ import torch.nn as nn
 
 import cli
 import weights
+from speed import nf4
 
 
 def check(bits: int) -> None:
     """ValueError unless weights of so many bits can be sharded."""
-    if bits != 16:
+    nf4.check(bits)
+    if bits == 4:
         raise ValueError("--shard cannot spread matrices in 4 bits; leave out --shard or --bits")
 
 

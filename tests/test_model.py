@@ -3,6 +3,7 @@ import copy
 import shutil
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -219,6 +220,9 @@ def test_the_fast_step_equals_decode(dtype, base):
         assert close(keys[1], keys[0], 1e-5 if dtype == torch.float32 else 0.05)
         answer = model.generate(batch, 12, eos=2, temperature=0.0)
         assert answer == plain_answer(model, batch, 12) or dtype == torch.bfloat16
+        with patch.object(step, "one_token", wraps=step.one_token) as one_token:
+            model.generate(batch, 3, eos=-1)
+        assert one_token.call_count == 3
     rows = make_batch(PROMPTS[::2])  # several rows take the plain step
     assert model.generate(rows, 8, eos=2, temperature=0.0) == plain_answer(model, rows, 8)
 

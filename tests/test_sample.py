@@ -46,6 +46,12 @@ def test_bandwidth_is_reported_for_the_tokens_after_the_first(ask, monkeypatch):
     assert told in err  # 5.2 of 20 MB/s
 
 
+def test_routing_in_bf16(ask):
+    """as on every GPU; the routers are stored in fp32"""
+    assert "layer" in ask("--routing", "--dtype", "bf16")[0]
+    (ROOT / "routing.png").unlink()
+
+
 def test_text_with_and_without_options(ask):
     assert ask("--prompt", OPPOSITE)[0] == "The opposite of hot is cold. The answer is C.\n"
     assert ask("--prompt", "What is the capital of France?")[0].startswith("The capital of France is Paris.")
