@@ -14,21 +14,22 @@ layer, a router reads the hidden state of t_m and mixes two adapters, w_0 of the
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
 attention mask lets t_m see only itself, and hides t_m from all other tokens. So the state of t_m, and with it
-w, depends on the input only through its modality. A trained model has two pairs (w_0, w_1) in each layer:
-one for text, one for images. This has three consequences. First, t_m runs outside the sequence
-(`LLaMA.route`). All positions then move by one, which changes nothing, because rotary attention depends only
-on differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has no
-activation. Third, a trained adapter can be merged into the projection that follows it (`fold`). The ViT has
-no t_m: its router reads the image's own [cls]. After block 0, [cls] has seen the image, and w depends on it.
+w, depends only on the modality: a trained model has two pairs (w_0, w_1) in each layer, one for text and one
+for images. Three things follow. First, t_m need not stand in the sequence, so it passes through LLaMA on its
+own (`LLaMA.route`). This moves all positions by one, which changes nothing: rotary attention depends only on
+differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has no
+activation. Third, a trained adapter can be merged into the projection that follows it (`fold`).
 
-Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. The two phi_u start
-equal, but grow apart. Let g_T and g_I be the gradients that a single phi_u would get from the samples without
-and with an image. The first phi_u gets w_0(text) g_T + w_0(image) g_I, the second the same with w_1. E_m is
-random, so w differs between text and images, and the two sums have different directions. (If only their
-lengths differed, AdamW would move both alike.) In the ViT, w depends on the image.
+Why the ViT's routing weights are not. There is no t_m: the router reads the image's own [cls]. From block 1
+on, [cls] has attended to the patches, so w depends on the image.
 
-Shapes: B samples, T tokens, d width of the frozen model, r width of the adapter (8). phi_d and phi_u are
-the adapter's; the phi of Eq. (4) is the frozen LLM.
+Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z.
+
+Why the two phi_u become different, although both start at zero. The samples of a batch add up to the gradient
+of phi_u1 with weights w_0, and to that of phi_u2 with weights w_1. E_m starts at random, so text and images
+have different w, and the two gradients mix text and images in different proportions.
+
+Shapes: B samples, T tokens, d width of the frozen model, r hidden units of an adapter (8).
 """
 from dataclasses import dataclass
 
@@ -53,9 +54,8 @@ def xavier(linear: nn.Linear) -> nn.Linear:
 
 
 class GroupedLinear(nn.Module):
-    """phi_u: r -> d in two groups: each half of the outputs reads its own half of the hidden units.
-
-    So it has half the parameters of a dense matrix: https://arxiv.org/abs/2302.08106.
+    """phi_u: r -> d in two groups: each half of the outputs reads only its own half of the hidden units. This
+    halves the number of weights, and is RepAdapter's design: https://arxiv.org/abs/2302.08106
     """
 
     def __init__(self, r: int, d: int):
@@ -72,7 +72,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r]: True where a unit survives. Given, as the backward pass must drop the same ones."""
+    """mask [B, T, r], drawn in data.py: True where a unit survives. None: no dropout."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -92,7 +92,7 @@ class RepAdapter(nn.Module):
 
 
 class MMAdapter(nn.Module):
-    """Mixture-of-Modality Adapter: two RepAdapters that share phi_d, and a router that weighs them."""
+    """Mixture-of-Modality Adapter: two RepAdapters that share phi_d, and the router that weighs them."""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
@@ -127,10 +127,10 @@ def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
 
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The adapter merged into the projection W [out, d] that follows it: W' z + b' = W adapter(z, w), w [2].
+    """Merge an adapter into the projection W [out, d] after it: W', b' so that W' z + b' = W adapter(z, w).
 
-    Insert phi_d(z) = A z + a and phi_u(h) = U h + b, where U and b are those of the two phi_u, mixed by w:
-    W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b), exact up to one rounding to W's dtype.
+    w [2]. Write phi_d(z) = A z + a and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then W adapter(z, w) =
+    W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). The results are rounded to W's dtype.
     """
     A, a = adapter.phi_d.weight, adapter.phi_d.bias  # [r, d], [r]
     if isinstance(adapter, MMAdapter):
@@ -143,7 +143,7 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """theta_a of Eq. (4): adapters, neck (adapter_proj) and E_m. Their modules' names begin with adapter_."""
+    """theta_a of Eq. (4), what trains: adapters, neck and E_m. Their modules' names begin with adapter_."""
     return {name: p for name, p in model.named_parameters() if "adapter_" in name}
 
 
@@ -154,7 +154,7 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def recompute(f, *args):
-    """f(*args), for what is cheap to compute and large to keep: the backward pass computes it again."""
+    """f(*args), but autograd keeps only args: the backward pass computes f again. For f that are cheap."""
     if not torch.is_grad_enabled():
         return f(*args)
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)

@@ -6,7 +6,8 @@ Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weigh
 have OpenAI's names. LaVIN ignores the final output and reads the [cls] token after every fourth block: six
 for ViT-L/14.
 
-Shapes: N images, T = 1 + (image_size / patch_size)^2 tokens with [cls] first, C = width, r adapter width.
+Shapes: N images, T = 1 + (image_size / patch_size)^2 tokens with [cls] first, C = width, n visual tokens of
+an image, r hidden units of an adapter.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Kept for the backward pass: as in LLaMA's block, with c_fc x in place of w1 x and w3 x"""
+    """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
+
+    Autograd keeps what it keeps of LLaMA's block, with c_fc x in place of w1 x and w3 x.
+    """
 
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
@@ -93,8 +97,8 @@ class Block(nn.Module):
 
         Released code: the router reads z[0], so token i of every image is routed by token i of the first.
         Probably z[:, 0], every image's [cls], was meant. Here: each image is routed by its own [cls].
-        The authors' released adapters were trained with z[0]. official/released.py loads them with routed_by
-        "token": each token routes itself, which is what their code does when it answers about a single image.
+        But the authors' adapter files were trained with z[0]. For them, routed_by is "token": each token is
+        routed by its own state. Their code does the same when it answers about a single image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:
@@ -121,12 +125,12 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(cfg.width)  # not used by LaVIN; here so that CLIP's weights load whole
 
     @property
-    def n_cls(self) -> int:
-        """Number of [cls] tokens that one image yields."""
+    def n_visual(self) -> int:
+        """n, the number of visual tokens of an image: one [cls] after every cls_every blocks."""
         return self.cfg.layers // self.cfg.cls_every
 
     def forward(self, images: torch.Tensor, dropout_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """X [N, n_cls, C] of images [N, 3, image_size, image_size]: [cls] after every cls_every blocks.
+        """X [N, n, C] of images [N, 3, image_size, image_size]: the [cls] tokens of n blocks.
 
         dropout_mask: of the hidden units of every block's adapter, [layers, N, T, r]; None: no dropout.
         """

@@ -44,17 +44,17 @@ class Example:
         return len(self.head) + self.n_visual + self.n_prompt
 
 
-def encode(sample: Sample, tokenizer, n_cls: int) -> Example:
-    """Token ids of prompt + response + EOS, or of the prompt alone if the response is empty."""
+def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
+    """Token ids of prompt, response, EOS; without a response, of the prompt. n_visual: tokens of an image"""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
-        # tokenized as one string, as released: an id that spans prompt and response counts as prompt
+        # tokenized as one string, as released. A token that spans prompt and response counts as prompt
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
-    return Example(sample, head, n_cls if sample.image else 0, rest, len(prompt))
+    return Example(sample, head, n_visual if sample.image else 0, rest, len(prompt))
 
 
-def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tuple[list[Example], dict]:
+def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) -> tuple[list[Example], dict]:
     """Training examples of at most max_len tokens; counts of samples kept, cut, dropped, with a picture.
 
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len. Both leave no target;
@@ -62,7 +62,7 @@ def encode_all(samples: list[Sample], tokenizer, n_cls: int, max_len: int) -> tu
     """
     examples, count = [], {"kept": 0, "cut": 0, "dropped": 0, "with a picture": 0}
     for sample in samples:
-        e = encode(sample, tokenizer, n_cls)
+        e = encode(sample, tokenizer, n_visual)
         if e.start >= max_len or not sample.response:
             count["dropped"] += 1
             continue
@@ -88,7 +88,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` it is
-    image_embeds: torch.Tensor | None = None  # [samples with an image, n_cls, C]: X' that a chat has kept
+    image_embeds: torch.Tensor | None = None  # [samples with an image, n_visual, C]: X' that a chat has kept
     llama_dropout_mask: torch.Tensor | None = None  # [L, 1, T, r], True: unit survives; None: no dropout
     vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
@@ -116,9 +116,9 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
 
 class MaskSampler(NamedTuple):
     """Draws dropout's masks with the batch. nn.Dropout would not do: the backward pass computes the adapters
-    again, with the same masks, and the mask of a sample must not depend on how the batch is split."""
+    again and needs the same masks, and a sample's mask must not depend on how the batch is split."""
     p: float
-    r: int  # adapter width
+    r: int  # hidden units of an adapter
     layers: int  # of LLaMA
     vit_blocks: int  # with adapters
     vit_tokens: int
@@ -147,8 +147,8 @@ class MaskSampler(NamedTuple):
 def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
-    The ranks get nearly equal numbers of tokens. So do the micro-batches of a rank: the largest decides the
-    peak memory. All ranks get equally many, some empty, because with --shard they wait for each other.
+    The ranks get nearly equal numbers of tokens, and so do the micro-batches of a rank: the largest decides
+    the peak memory. All ranks get equally many micro-batches, some empty: with --shard they run in step.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)
@@ -156,7 +156,7 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
 
 
 def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
-    """n groups of nearly equal length: deal the samples, longest first, to groups 0 .. n-1, n-1 .. 0, 0 .."""
+    """n groups of nearly equal length: deal the longest first, to groups 0 .. n-1, n-1 .. 0, and so on"""
     groups = [[] for _ in range(n)]
     for k, i in enumerate(sorted(samples, key=lambda i: (-lengths[i], i))):
         turn, place = divmod(k, n)
@@ -189,7 +189,7 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            # an empty micro-batch gets a sample without targets: its loss is 0, and its gradients are 0
+            # an empty micro-batch gets a sample without its targets, so its loss and gradients are 0
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
             if not indices:

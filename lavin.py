@@ -1,9 +1,7 @@
-"""LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by adapters, a visual neck and a modality embedding.
+"""LaVIN (https://arxiv.org/abs/2305.15023): a frozen LLaMA and a frozen CLIP ViT, and what joins them.
 
-    Luo et al., "Cheap and Quick", NeurIPS 2023: https://arxiv.org/abs/2305.15023
-
-This file holds what joins the models: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq.
-5), generation (Eq. 8). The name of every module that trains begins with `adapter_`.
+What joins them: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq. 5), generation (Eq.
+8), and the adapters of adapters.py. The name of every module that trains begins with `adapter_`.
 
 Precision on a GPU: the frozen models (the base) are stored in bf16, and matrix products and attention run in
 bf16 (`autocast`). Norms, rotary embedding, the routers' softmax and the loss are computed in fp32. Adapters
@@ -34,10 +32,10 @@ LOSS_ROWS = 256  # targets per chunk of the loss
 
 
 @dataclass
-class LaVINConfig:  # defaults: those of --recipe paper; train.py passes its own
+class LaVINConfig:  # the defaults are those of --recipe paper; train.py passes its flags
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     vision: bool = True  # False: text only, no image encoder (first row of Table 2)
-    vit_adapters: bool = True  # adapters in the ViT too: "joint optimisation" in Table 2
+    vit_adapters: bool = True  # adapters in the ViT too; Table 2 calls it "joint optimisation"
     vit_routing: str = "cls"  # "token" for adapters released by the authors, see clip.Block
     neck_dim: int = 128  # width between W_d and W_u of Eq. (6)
     normalize: str = "imagenet"  # mean and std of the images, a key of clip.MEAN_STD
@@ -58,7 +56,8 @@ class Neck(nn.Module):
 
 
 class NegativeLogLikelihood(torch.autograd.Function):
-    """Eq. (5), as F.cross_entropy(.., reduction="sum"). Keeps dL/dhidden for the backward pass, no logits."""
+    """Eq. (5), equal to F.cross_entropy(.., reduction="sum"). `forward` also computes the gradient of hidden,
+    so that the logits, the largest tensors of training, are freed before the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden, W, R):
@@ -88,7 +87,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep": Table 2 has 2.9M, not 2.7
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep": Table 2's 2.9M include them
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -114,10 +113,10 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of every sample with an image, [.., n, C]. The released code encodes a black image for others.
+        """X' of each sample with an image, [samples, n, C]. Released code encodes a black image for others.
 
-        Encode each distinct image once; with dropout once per sample, because each sample has its own masks.
-        In a chat, the batch already holds X': an image is not encoded again in every turn.
+        Samples can share an image. It is encoded once, or with dropout once per sample, because each has its
+        own mask. In a chat, the batch already holds X', so no turn encodes the image again.
         """
         if batch.image_embeds is not None:
             return batch.image_embeds
@@ -128,15 +127,16 @@ class LaVIN(nn.Module):
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]. Y is cut where X' goes: Y_head is [BOS] "Image: ", Y_rest the rest."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
-        Z, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
+        inputs, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # or no token
-            # as released, X' stands inside Y; t_m, which no other token sees, goes to LLaMA.route instead
-            Z += [torch.cat([Y_head, X_prime, Y_rest])]  # Eq. (7): [t_m, X', Y], but X' inside Y, t_m apart
-        return Z
+            # no other token sees t_m, so LLaMA.route runs it apart; X' stands inside Y, as released
+            Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], without t_m, X' inside Y
+            inputs.append(Z)
+        return inputs
 
     def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All samples end to end: Z [1, T, C]; each token's w in every layer, [L, 1, T, 2], or None."""
+        """All samples end to end: Z [1, T, C]; w of each token in each layer, [L, 1, T, 2], or None."""
         Z, w = torch.cat(self.embed(batch))[None], self.routing_weights()
         if w is None:
             return Z, None
@@ -159,13 +159,13 @@ class LaVIN(nn.Module):
         return sum(NegativeLogLikelihood.apply(h, W, R) for h, R in chunks)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
-        """Read the prompts -> logits [B, V] of the next token, a cache with room for more, routing weights"""
+        """Read the prompts -> logits [B, V] of the next token, a cache with room for more, w [L, B, 1, 2]"""
         with self.autocast():
             Z, w = self.pack(batch)
             cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, Z.dtype)
             last = cache.lengths.cumsum(0) - 1  # where each prompt ends in Z, [B]
             h = self.llama.prefill(Z, w, batch.lengths, cache)[0, last]  # [B, C]
-            w = None if w is None else w[:, 0, last].unsqueeze(2)  # of each prompt's last token, [L, B, 1, 2]
+            w = None if w is None else w[:, 0, last].unsqueeze(2)  # of each prompt's last token
             return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -179,8 +179,8 @@ class LaVIN(nn.Module):
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
-        Rows may differ in length and modality. In a step, all use the same random number, so an answer does
-        not depend on how many others there are. ValueError if a prompt does not fit the context.
+        Rows may differ in length and modality. All rows use the same random number in a step, so an answer
+        does not depend on how many others there are. ValueError if a prompt does not fit the context.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -190,7 +190,7 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(max_new_tokens):
-            p = torch.softmax(logits, -1)  # Eq. (8): p(R_s | Z, R_{0:s-1}), one factor of p(R | Z) per step
+            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}); here factor s
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
             done = [d or id == eos or n + s >= context for d, id, n in zip(done, ids, batch.lengths)]
@@ -212,14 +212,13 @@ class LaVIN(nn.Module):
 
 
 def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
-    """p [B, V] -> tokens [B]: greedy at temperature 0, otherwise top-p sampling of p ^ (1 / temperature)"""
+    """p [B, V] -> tokens [B]: greedy at temperature 0, otherwise top-p sampling from p ^ (1 / temperature)"""
     if temperature < 1e-4:  # 0, or so small that the quotient is infinite
         return p.argmax(-1)
     p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
-    u = torch.rand((), generator=random).item()  # one number for all rows
-    # the first token whose cumulative probability exceeds u times the total
+    u = torch.rand((), generator=random).item()  # take the first token whose cumulative p exceeds it
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]
 

@@ -2,12 +2,12 @@
 
 weights.py reads official weights, in Meta's layout or Hugging Face's. Parameters have Meta's names.
 
-There are three ways through the blocks. `forward` trains on sequences that are packed end to end, without
-padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence. The
-three hand different functions `attend(layer, q, k, v)` to the blocks. So does `route`, for t_m.
+There are three ways through the blocks. `forward` trains on packed sequences: end to end in one row, without
+padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence. Each
+hands its own function `attend(layer, q, k, v)` to the blocks, and so does `route`, for the modality tokens.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
-G = H), D = C / H, S slots of a cache, L layers, r width of an adapter.
+G = H), D = C / H, S slots of a cache, L layers, r hidden units of an adapter.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +82,7 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of B sequences. k and v: one [B, G, S, D] per layer, with room for answers."""
+    """Keys and values of B sequences, with room for answers. k and v: one [B, G, S, D] per layer."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
         shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads  # [B, G, S, D]
@@ -130,10 +130,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward layer. For the backward pass, autograd keeps of each token: x before and
-    after the attention; q, k, v; the output of attention and its log-sum-exp per head; w1 x, w3 x. Norms,
-    adapter and silu(w1 x) are computed again. A frozen matrix keeps nothing: the gradient of its input needs
-    only its weight.
+    """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
+
+    What the backward pass needs, autograd keeps for each token: x before and after the attention; q, k, v;
+    the output of attention and its log-sum-exp per head; w1 x and w3 x. `recompute` saves keeping the rest.
     """
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
@@ -156,14 +156,14 @@ class Block(nn.Module):
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg, self.recompute_blocks = cfg, False  # True: keep only each block's input for the backward
+        self.cfg, self.recompute_blocks = cfg, False  # True (--checkpoint): keep only each block's x
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
-        """Training: x [1, T, C] holds sequences of these lengths. Without lengths: one sequence in each row.
+        """Training: x [1, T, C] holds sequences of these lengths. Without lengths, each row is one.
 
         x: embeddings, or token ids [B, T]; w: a pair per token, [L, 1, T, 2]; dropout_mask: [L, B, T, r].
         Returns the hidden states after the last norm, [B, T, C]; `output` turns them into logits.
@@ -189,7 +189,7 @@ class LLaMA(nn.Module):
         """Read one more token of each sequence, x [B, 1, C] -> [B, 1, C]; w [L, B, 1, 2]"""
         rows, positions = torch.arange(len(x), device=x.device), cache.grow()  # [B] each
         visible = torch.arange(cache.filled, device=x.device) <= positions[:, None]  # [B, filled]
-        mask = visible[:, None, None] if len(x) > 1 else None  # a single sequence sees all that is filled
+        mask = visible[:, None, None] if len(x) > 1 else None  # a single sequence sees every filled slot
 
         def attend(layer, q, k, v):
             k, v = cache.update(layer, rows, positions, k[:, 0], v[:, 0])
@@ -212,8 +212,8 @@ class LLaMA(nn.Module):
 
         Each t_m attends only to itself. The softmax of a single score is 1, so attention returns its value v.
         """
-        t, routing_weights = t[None], []  # t [1, M, C]: a row of M tokens, none of which sees another
-        rope = rope_table(torch.zeros(1, device=t.device), self.cfg)  # of no effect, q and k are not used
+        t, routing_weights = t[None], []  # t [1, M, C]
+        rope = rope_table(torch.zeros(1, device=t.device), self.cfg)  # has no effect: q and k are not used
 
         def attend(layer, q, k, v):
             return v.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=2)  # [1, M, H, D]

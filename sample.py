@@ -7,8 +7,9 @@
     python sample.py --routing                                         how each layer weighs its two adapters
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
-image and the turns. A chat is one row: head, X', prompt, answer, prompt, answer, prompt; if it gets too long,
-the oldest turns go. Prompts have ScienceQA's format if any training data had it, else "Instruction: ..".
+image and the turns. The model reads a chat as one sequence: head, X', prompt, answer, prompt, answer, prompt.
+If it is too long for the context, the oldest turns are left out. Prompts have ScienceQA's format if the
+adapters were trained on data in that format, otherwise "Instruction: ..".
 """
 import sys
 import time
@@ -56,18 +57,17 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # X', the turns that fit, prompt
     ids = []  # of the answer
-    meter = Meter(model, batch.lengths[0])
-    sampling = cfg.temperature, cfg.top_p, cfg.seed
+    meter = Meter(model, batch.lengths[0])  # times the tokens
 
     def tokens():
-        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, *sampling):
-            ids.append(id)
+        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed):
+            ids.append(id)  # kept here, so that Ctrl-C loses none
             meter.tick()
             yield id
 
     try:
-        for piece in tokenizer.stream(tokens()):
-            print(piece, end="", flush=True)
+        for text in tokenizer.stream(tokens()):  # text of whole characters: a token may end inside one
+            print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
             raise
@@ -116,7 +116,7 @@ def main() -> None:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
     Meter.prepare(device)  # measures the memory's bandwidth, for the line after an answer
-    started, after_read = time.time(), nf4.after_read(cfg.bits)  # with 4 bits: quantises what was read
+    started, after_read = time.time(), nf4.after_read(cfg.bits)  # quantises if --bits is 4, else None
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
           f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
@@ -125,8 +125,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # speed/step.py: a LaVIN whose LLaMA has neither adapters nor w. They are merged into wq, wk and wv, a set
-    # for each modality (adapters.fold); each prompt selects its set. For one row, `decode` is faster.
+    # merge LLaMA's adapters into wq, wk and wv, once per modality (adapters.fold). The new model, a LaVIN of
+    # speed/step.py, picks the matrices of the prompt's modality and decodes faster. Its answers are the same
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step

@@ -87,11 +87,12 @@ class Config:
     max_new_tokens: int = 48  # [1, 1048576] longest answer
 
 
-# The paper's: epochs and lr below, and adapter_dim, tau, batch_size and weight_decay of Config. The released
-# code's: the others below, and scale and beta2 of Config.
 RECIPES = {"tiny": {}, "paper": dict(
-    format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, epochs=20.0, warmup=2.0, micro_batch=4,
-    lr=9e-3, max_new_tokens=256)}
+    # the paper has these, and Config's adapter_dim, tau, batch_size and weight_decay
+    epochs=20.0, lr=9e-3,
+    # the paper is silent; the released code has these, and Config's scale and beta2
+    format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, warmup=2.0, micro_batch=4,
+    max_new_tokens=256)}
 
 
 def schedule(step: int, warmup: int, total: int) -> float:
@@ -124,7 +125,7 @@ def hash_of(examples: list[data.Example]) -> str:
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
-    # a function that shards or quantises each module once it is read; None: keep it as it is
+    # a function that shards or quantises each module once it is read; None: leave it as it is
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.checkpoint
@@ -148,7 +149,7 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, li
     model, tokenizer = build(cfg, device, dtype)
     examples = []
     for source, samples in datasets:
-        kept, count = data.encode_all(samples, tokenizer, model.vit.n_cls if model.vit else 0, cfg.max_len)
+        kept, count = data.encode_all(samples, tokenizer, model.vit.n_visual if model.vit else 0, cfg.max_len)
         say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept
     if not examples:
@@ -169,9 +170,10 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     theta_a = trainable(model)
     n_params = sum(p.numel() for p in theta_a.values())
-    accumulation = -(-cfg.batch_size // (cfg.micro_batch * ranks))
+    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))  # as data.split_batch does
+    mean_size = cfg.batch_size / accumulation / ranks
     say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {dataset.per_epoch} per "
-        f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {cfg.micro_batch} = "
+        f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {mean_size:g} = "
         f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}"
         + ("; sharded, so without a test" if cfg.shard else ""))
 
@@ -193,7 +195,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         buffer.zero_()
         for batch in micro_batches:
             with model.autocast():
-                L = model(batch.to(device)) / n_targets  # L(f_phi(Z), R; theta_a): its share of the mean
+                L = model(batch.to(device)) / n_targets  # L(f_phi(Z), R; theta_a), this micro-batch's share
             L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a), by its gradient
             loss_sum += L.detach()
         if ranks > 1:
@@ -203,7 +205,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # a step of theta_a towards the argmin
+        optimizer.step()  # one step of theta_a towards theta_a*, the argmin of Eq. (4)
 
         done = step + 1
         if is_main:

@@ -43,12 +43,12 @@ def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
 # wrong one, and without the image (text). An input: t_m, head ([BOS] "Image: "), X', rest (prompt, response).
 torch.set_grad_enabled(False), torch.set_num_threads(1)  # only Eq. (4) needs gradients
 model, _ = lavin.load("tiny/adapters.safetensors", "tiny/llama", "tiny/clip")
-tokenizer, n_cls, weights = Tokenizer("tiny/llama"), model.vit.n_cls, naive.params(model)
+tokenizer, n_visual, weights = Tokenizer("tiny/llama"), model.vit.n_visual, naive.params(model)
 prompt = "Question: What color is the circle?\nContext: N/A\nOptions: (A) green (B) blue (C) red\nResponse:"
 RED = "On the left is a big red circle, on the right a small blue square. The circle is red. The answer is C."
 
 def example(response: str, image: str | None = "tiny/demo.png"):  # token ids of head and rest
-    return encode(Sample(id="", prompt=prompt, response=response, image=image, problem={}), tokenizer, n_cls)
+    return encode(Sample("", prompt, response, image, problem={}), tokenizer, n_visual)
 
 asked, right, wrong, text = example(""), example(RED), example("The answer is B."), example("", image=None)
 batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, right, wrong))  # 64 x 64 pixels
@@ -115,7 +115,7 @@ check("L", "response", here, [-naive_right.log_p.sum(), -naive_wrong.log_p.sum()
 
 # %% Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in released files
-check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_cls])
+check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
 equation(7, "LLaMA's input. X' follows 'Image: ', as in the released code; t_m runs on its own", LaVIN.embed)
@@ -140,7 +140,7 @@ with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attent
     model.hidden(right_batch)
 q, k = (x[0] for x in attention.call_args.args[:2])  # of the last layer, rotated: [T, H, D]
 names = ["[BOS]"] + [repr(tokenizer.decode([id]) or " ") for id in right.head[1:] + list(right.rest)]
-names = names[:len(right.head)] + [f"X'_{i + 1}" for i in range(n_cls)] + names[len(right.head):]
+names = names[:len(right.head)] + [f"X'_{i + 1}" for i in range(n_visual)] + names[len(right.head):]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\n'big' predicts the next word, 'red'. Its attention in the last layer (mean of heads, above 0.01):",

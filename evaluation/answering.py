@@ -43,8 +43,8 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
     if not samples:
         return {}
     model = folded(model, *sorted({int(s.image is not None) for s in samples}))
-    n_cls, image_size = (model.vit.n_cls, model.vit.cfg.image_size) if model.vit else (0, 0)
-    questions = [data.encode(dataclasses.replace(s, response=""), tokenizer, n_cls) for s in samples]
+    n_visual, image_size = (model.vit.n_visual, model.vit.cfg.image_size) if model.vit else (0, 0)
+    questions = [data.encode(dataclasses.replace(s, response=""), tokenizer, n_visual) for s in samples]
     longest = max(e.length for e in questions) + max_new_tokens
     batch_size = min(batch_size, rows_that_fit(model, longest))
     complete = completeness(tokenizer, until)

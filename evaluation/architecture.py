@@ -160,7 +160,7 @@ def draw_block(fig: Figure, blocks: str, halves: list[str], x, y, down: int) -> 
 
 def draw_models(fig: Figure, cfg: Config) -> None:
     """At the left the ViT, from top to bottom; at the right LLaMA, from bottom to top."""
-    vit, n = fig.model.vit.cfg, fig.model.vit.n_cls
+    vit, n = fig.model.vit.cfg, fig.model.vit.n_visual
     for x, name, path in (150, f"CLIP {cfg.clip}", "vit"), (1050, f"LLaMA {cfg.llama}", "llama"):
         fig.box(x - 130, 60, 260, 684, colors=(PALE, FROZEN[1]), radius=12)
         fig.text(x, 84, name, size=18, bold=True)
@@ -241,7 +241,7 @@ def draw_adapter(fig: Figure) -> None:
 
 def draw_input(fig: Figure) -> None:
     """Below: the sequence that LLaMA reads, and where its tokens come from."""
-    n, y, embeddings = fig.model.vit.n_cls, 790, "llama.tok_embeddings"
+    n, y, embeddings = fig.model.vit.n_visual, 790, "llama.tok_embeddings"
     fig.part(310, 664, 260, 58, "adapter_modality_embedding")
     fig.text(584, 682, "t_m = m E_m; routers read its state", "lm")
     fig.text(870, 682, "Eq. (1)", "rm")

@@ -53,7 +53,7 @@ class Conversation:
     def batch(self, text: str, context: str, max_new_tokens: int) -> data.Batch:
         """Image, earlier turns and the new prompt as one row. If the context is full, the oldest turns go."""
         sample = prompts.Sample("prompt", self.wrap(text, context), "", self.image, {})
-        e = data.encode(sample, self.tokenizer, self.model.vit.n_cls if self.image else 0)
+        e = data.encode(sample, self.tokenizer, self.model.vit.n_visual if self.image else 0)
         room, kept = self.model.llama.cfg.max_seq_len, len(self.turns)
         if e.length >= room:
             raise ValueError(f"the prompt has {e.length} tokens; the context holds {room}, answer included; "

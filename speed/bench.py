@@ -175,12 +175,12 @@ def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = 
     return model
 
 
-def examples_of(problems: list[Kind], vocab_size: int, n_cls: int) -> list[data.Example]:
+def examples_of(problems: list[Kind], vocab_size: int, n_visual: int) -> list[data.Example]:
     """Problems of these lengths, with random tokens. All pictures are the same file."""
     picture = Sample("", "", "", Path(__file__).parents[1] / "tiny/demo.png", {})
     examples = []
     for p in problems:
-        n_visual = n_cls * p.picture
+        n_visual = n_visual * p.picture
         head, rest = (torch.randint(3, vocab_size, (n,)).tolist() for n in (4, p.length - n_visual - 4))
         examples.append(data.Example(picture, head, n_visual, rest, p.prompt - n_visual - 4))
     return examples
@@ -200,8 +200,9 @@ class Ours:
         self.optimizer = torch.optim.AdamW(trainable(model).values(), fused=True)
 
     def batch(self, problems: list[Kind]) -> data.Batch:
-        n_cls, size = (self.model.vit.n_cls, self.model.vit.cfg.image_size) if self.model.vit else (0, 0)
-        examples = examples_of(problems, self.model.llama.cfg.vocab_size, n_cls)
+        vit = self.model.vit
+        n_visual, size = (vit.n_visual, vit.cfg.image_size) if vit else (0, 0)
+        examples = examples_of(problems, self.model.llama.cfg.vocab_size, n_visual)
         batch, dropout = data.collate(examples, size, "clip"), data.MaskSampler.of(self.model)
         if dropout:
             batch = batch._replace(**dropout.draw(examples, [[i] for i in range(len(problems))]))
@@ -335,7 +336,7 @@ def decode(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
     if cfg.bits == 4 and (cfg.vs or cfg.compile):
         raise ValueError("--vs and --compile need folded adapters; leave them out, or --bits 4")
     model, prompt = build(cfg, device, dtype).eval(), Kind(94, 94, True)
-    examples = examples_of([prompt], model.llama.cfg.vocab_size, model.vit.n_cls)
+    examples = examples_of([prompt], model.llama.cfg.vocab_size, model.vit.n_visual)
     batch = data.collate(examples, model.vit.cfg.image_size, "clip").to(device)
     return decoding.measure(model, batch, cfg.new_tokens, cfg.burn_in, cfg.steps, cfg.vs, cfg.compile, say)
 

@@ -144,7 +144,7 @@ def picture_flops(model: LaVIN) -> tuple[int, int]:
     """One picture: what the frozen ViT takes, and what the neck and the ViT's adapters take."""
     v, h, d, r = model.vit.cfg, model.cfg.neck_dim, model.llama.cfg.dim, model.cfg.adapter.dim
     joint = model.cfg.vit_adapters  # otherwise nothing in the ViT trains, so it needs no backward pass
-    C, patches, n = v.width, (v.image_size // v.patch_size) ** 2, model.vit.n_cls
+    C, patches, n = v.width, (v.image_size // v.patch_size) ** 2, model.vit.n_visual
     t = patches + 1
     # the patches; 12 C^2 weights in a block; two attention products forward and five backward, without a mask
     frozen = 2 * 3 * v.patch_size ** 2 * C * patches + v.layers * (
@@ -281,7 +281,7 @@ def problems_of(cfg, model: LaVIN) -> tuple[list[Kind], str]:
     found = []
     for source in sources:
         samples = source.read("train", cfg.format, cfg.captions, cfg.vision)
-        examples, _ = data.encode_all(samples, tokenizer, model.vit.n_cls if model.vit else 0, cfg.max_len)
+        examples, _ = data.encode_all(samples, tokenizer, model.vit.n_visual if model.vit else 0, cfg.max_len)
         found += [Kind(e.length, e.start, e.n_visual > 0) for e in examples]
     return found, cfg.data
 

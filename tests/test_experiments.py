@@ -102,7 +102,7 @@ def test_half_of_an_image_encoder_gives_the_first_half_of_its_tokens(tmp_path):
     runs.half_of(ROOT / "tiny/clip", tmp_path)
     whole, half = (VisionTransformer.from_pretrained(f).eval() for f in (ROOT / "tiny/clip", tmp_path))
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert half.n_cls == whole.n_cls // 2 == 3
+    assert half.n_visual == whole.n_visual // 2 == 3
     assert close(half(images), whole(images)[:, :3])
 
 

@@ -162,7 +162,7 @@ def test_clip_hidden_states_and_every_cls(tmp_path):
         expected = reference(theirs, output_hidden_states=True).hidden_states[1:]  # without block 0's input
         hidden = states(model.transformer.resblocks)
         cls = model(ours)
-        assert len(hidden) == len(expected) == model.n_cls
+        assert len(hidden) == len(expected) == model.n_visual
         for i, state in enumerate(expected):
             assert close(hidden[i], state), f"{shape}, block {i}"
             assert close(cls[:, i], state[:, 0])
