@@ -14,22 +14,23 @@ layer, a router reads the hidden state of t_m and mixes two adapters, w_0 of the
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
 attention mask lets t_m see only itself, and hides t_m from all other tokens. So the state of t_m, and with it
-w, depends only on the modality: a trained model has two pairs (w_0, w_1) in each layer, one for text and one
+w, depends only on the modality: each layer of a trained model has two pairs (w_0, w_1), one for text and one
 for images. Three things follow. First, t_m need not stand in the sequence, so it passes through LLaMA on its
 own (`LLaMA.route`). This moves all positions by one, which changes nothing: rotary attention depends only on
 differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has no
 activation. Third, a trained adapter can be merged into the projection that follows it (`fold`).
 
-Why the ViT's routing weights are not. There is no t_m: the router reads the image's own [cls]. From block 1
-on, [cls] has attended to the patches, so w depends on the image.
+Why the ViT's are not. There is no t_m: the router reads the image's own [cls]. From block 1 on, [cls] has
+attended to the patches, so w depends on the image.
 
 Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z.
 
-Why the two phi_u become different, although both start at zero. The samples of a batch add up to the gradient
-of phi_u1 with weights w_0, and to that of phi_u2 with weights w_1. E_m starts at random, so text and images
-have different w, and the two gradients mix text and images in different proportions.
+Why the two phi_u become different, although both start at zero. In the gradient of phi_u1, the share of each
+sample is multiplied by its w_0; in that of phi_u2, by its w_1. E_m starts at random, so w differs between
+text and images, and the two gradients have different directions. In the ViT, w varies little from image to
+image, and the two phi_u stay similar: in the tiny model, their cosine is about 0.9, in its LLaMA about 0.5.
 
-Shapes: B samples, T tokens, d width of the frozen model, r hidden units of an adapter (8).
+Shapes: B rows (1 in LLaMA's training, where samples are packed), T tokens, d width, r hidden units (8).
 """
 from dataclasses import dataclass
 
@@ -55,8 +56,7 @@ def xavier(linear: nn.Linear) -> nn.Linear:
 
 class GroupedLinear(nn.Module):
     """phi_u: r -> d in two groups: each half of the outputs reads only its own half of the hidden units. This
-    halves the number of weights, and is RepAdapter's design: https://arxiv.org/abs/2302.08106
-    """
+    halves the number of weights. It is RepAdapter's design: https://arxiv.org/abs/2302.08106"""
 
     def __init__(self, r: int, d: int):
         super().__init__()
@@ -72,7 +72,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r], drawn in data.py: True where a unit survives. None: no dropout."""
+    """mask [B, T, r]: True where a unit survives; data.py draws it with the batch. None: no dropout"""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -102,7 +102,7 @@ class MMAdapter(nn.Module):
         self.f_w = nn.Linear(d, 2)  # W_m and b_m; the paper's f_w includes the softmax
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """w [.., 2], fp32, from t [.., d]: t_m (LLaMA) or [cls] (ViT) in this layer, normalised like z."""
+        """w [.., 2], fp32. t [.., d]: the state of t_m (ViT: of [cls]) in this layer, normalised as z is"""
         logits = self.f_w(t).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
@@ -154,7 +154,7 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def recompute(f, *args):
-    """f(*args), but autograd keeps only args: the backward pass computes f again. For f that are cheap."""
+    """f(*args), but autograd keeps only args, and the backward pass runs f again. f must not be random."""
     if not torch.is_grad_enabled():
         return f(*args)
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)

@@ -80,7 +80,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
-    Autograd keeps what it keeps of LLaMA's block, with c_fc x in place of w1 x and w3 x.
+    For the backward pass, autograd keeps what it keeps in LLaMA, but c_fc x instead of w1 x and w3 x.
     """
 
     def __init__(self, cfg: CLIPConfig):
@@ -95,10 +95,10 @@ class Block(nn.Module):
     def adapted(self, x, dropout_mask):
         """The input of the attention: normalise, then Eq. (2). There is no t_m here: the router reads [cls].
 
-        Released code: the router reads z[0], so token i of every image is routed by token i of the first.
-        Probably z[:, 0], every image's [cls], was meant. Here: each image is routed by its own [cls].
-        But the authors' adapter files were trained with z[0]. For them, routed_by is "token": each token is
-        routed by its own state. Their code does the same when it answers about a single image.
+        In the released code, token i of every image is routed by token i of the batch's first image, because
+        the router reads z[:, 0] where z is [T, N, C]. Here, each image is routed by its own [cls]. But the
+        authors' adapter files were trained like that, and with a single image each token is then routed by
+        its own state. So routed_by is "token" when they are loaded.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

@@ -40,12 +40,12 @@ class Example:
         return len(self.head) + self.n_visual + len(self.rest)
 
     @property
-    def start(self) -> int:  # position of the first target, t_m not counted
-        return len(self.head) + self.n_visual + self.n_prompt
+    def n_targets(self) -> int:
+        return len(self.rest) - self.n_prompt
 
 
 def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
-    """Token ids of prompt, response, EOS; without a response, of the prompt. n_visual: tokens of an image"""
+    """Token ids of head, prompt, response and EOS, or of head and prompt if the response is empty."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
@@ -57,13 +57,13 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
 def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) -> tuple[list[Example], dict]:
     """Training examples of at most max_len tokens; counts of samples kept, cut, dropped, with a picture.
 
-    Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len. Both leave no target;
-    in the released code the loss then turns NaN. Its max_len counts t_m, ours does not.
+    Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len, so that no target is
+    left; in the released code, a micro-batch without targets has loss NaN. Its max_len counts t_m, ours not.
     """
     examples, count = [], {"kept": 0, "cut": 0, "dropped": 0, "with a picture": 0}
     for sample in samples:
         e = encode(sample, tokenizer, n_visual)
-        if e.start >= max_len or not sample.response:
+        if e.length - e.n_targets >= max_len or not sample.response:
             count["dropped"] += 1
             continue
         count["kept"] += 1
@@ -84,10 +84,10 @@ class Batch(NamedTuple):
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
-    predict_at: torch.Tensor  # [targets], where in the row the next token is a target
+    predict_at: torch.Tensor  # [targets], where in that row the next token is a target
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
-    image_index: torch.Tensor | None = None  # [samples with an image], which of `images` it is
+    image_index: torch.Tensor | None = None  # [samples with an image], index of its image in `images`
     image_embeds: torch.Tensor | None = None  # [samples with an image, n_visual, C]: X' that a chat has kept
     llama_dropout_mask: torch.Tensor | None = None  # [L, 1, T, r], True: unit survives; None: no dropout
     vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
@@ -98,8 +98,8 @@ class Batch(NamedTuple):
 
 def collate(examples: list[Example], image_size: int, normalize: str, image_embeds=None) -> Batch:
     """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
-    ends = np.cumsum([e.length for e in examples])  # a target is predicted one position before its own:
-    predict_at = [np.arange(end - e.length + e.start, end) - 1 for e, end in zip(examples, ends)]
+    ends = np.cumsum([e.length for e in examples])  # where each sequence ends in the row; so do its targets
+    predict_at = [np.arange(end - e.n_targets, end) - 1 for e, end in zip(examples, ends)]  # the token before
     joined = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
     batch = Batch(tokens=joined([ids for e in examples for ids in (e.head, e.rest)]),
                   part_lengths=[len(ids) for e in examples for ids in (e.head, e.rest)],
@@ -115,12 +115,12 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
 
 
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks with the batch. nn.Dropout would not do: the backward pass computes the adapters
-    again and needs the same masks, and a sample's mask must not depend on how the batch is split."""
+    """Draws dropout's masks with the batch, from a seed per sample. So a sample's mask does not depend on how
+    the batch is split, and it is still there when the backward pass computes the adapters again."""
     p: float
     r: int  # hidden units of an adapter
     layers: int  # of LLaMA
-    vit_blocks: int  # with adapters
+    vit_blocks: int  # those with adapters
     vit_tokens: int
 
     @classmethod
@@ -148,7 +148,7 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens, and so do the micro-batches of a rank: the largest decides
-    the peak memory. All ranks get equally many micro-batches, some empty: with --shard they run in step.
+    the peak memory. All ranks get equally many, some empty: with --shard, a pass needs all ranks.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)
@@ -186,7 +186,7 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> tuple[list[Batch], int]:
         chosen = self.chosen(step)
-        n_targets = sum(self.examples[i].length - self.examples[i].start for i in chosen)
+        n_targets = sum(self.examples[i].n_targets for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
             # an empty micro-batch gets a sample without its targets, so its loss and gradients are 0

@@ -55,25 +55,28 @@ class Neck(nn.Module):
         return self.W_u(F.silu(self.W_d(X)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
-class NegativeLogLikelihood(torch.autograd.Function):
-    """Eq. (5), equal to F.cross_entropy(.., reduction="sum"). `forward` also computes the gradient of hidden,
-    so that the logits, the largest tensors of training, are freed before the backward pass."""
+def negative_log_likelihood(hidden, W, R):
+    """hidden [targets, C], W [V, C], R [targets] token ids -> L, fp32; log p of all tokens, [targets, V]"""
+    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)
+    log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a) of all i and s
+    L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
+    return L, log_p
+
+
+class Loss(torch.autograd.Function):
+    """L, whose gradient is computed in the forward pass: this frees log_p, the largest tensor of training."""
 
     @staticmethod
     def forward(ctx, hidden, W, R):
-        """hidden [targets, C], W [V, C], R [targets]: the ids of the targets, EOS included -> L, fp32"""
-        log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
-        log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | ..) for all i and s: [targets, 1]
-        L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
-        p = log_p.exp_()  # in place: log_p is no longer needed
-        dL_dlogits = p.scatter_add_(1, R[:, None], -torch.ones_like(log_p_R))  # p - 1 at the target, else p
-        dL_dhidden = dL_dlogits.type_as(W) @ W
-        ctx.save_for_backward(dL_dhidden.type_as(hidden))
+        L, log_p = negative_log_likelihood(hidden, W, R)
+        dL_dlogits = log_p.exp_()  # the gradient is p, and at the target p - 1
+        dL_dlogits[torch.arange(len(R), device=R.device), R] -= 1
+        ctx.save_for_backward((dL_dlogits.type_as(W) @ W).type_as(hidden))  # dL_dhidden
         return L
 
     @staticmethod
-    def backward(ctx, gradient):  # of L
-        return gradient * ctx.saved_tensors[0], None, None
+    def backward(ctx, dL):
+        return dL * ctx.saved_tensors[0], None, None  # none for W, which is frozen
 
 
 class LaVIN(nn.Module):
@@ -86,8 +89,8 @@ class LaVIN(nn.Module):
         if cfg.adapter.kind == "mm":
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
-            self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with kind "rep": Table 2's 2.9M include them
+            self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)  # its name in released files
+        if cfg.vision and cfg.vit_adapters:  # always MM-Adapters: only then do Table 2's 2.5M and 2.9M add up
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -113,11 +116,9 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of each sample with an image, [samples, n, C]. Released code encodes a black image for others.
+        """X' of each sample with an image, [.., n, C]. (For others, the released code encodes a black image.)
 
-        Samples can share an image. It is encoded once, or with dropout once per sample, because each has its
-        own mask. In a chat, the batch already holds X', so no turn encodes the image again.
-        """
+        With dropout, an image is encoded once per sample, because each has its own mask. A chat keeps X'."""
         if batch.image_embeds is not None:
             return batch.image_embeds
         if batch.vit_dropout_mask is None:
@@ -129,9 +130,9 @@ class LaVIN(nn.Module):
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
         inputs, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
-            X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # or no token
-            # no other token sees t_m, so LLaMA.route runs it apart; X' stands inside Y, as released
-            Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], without t_m, X' inside Y
+            X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # text: empty
+            # t_m is missing, because no other token sees it: `pack` gives what LLaMA.route makes of it
+            Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y]; as released, X' is inside Y
             inputs.append(Z)
         return inputs
 
@@ -141,7 +142,7 @@ class LaVIN(nn.Module):
         if w is None:
             return Z, None
         modality_of_token = [m for m, length in zip(batch.modality, batch.lengths) for _ in range(length)]
-        return Z, w[:, None, modality_of_token]
+        return Z, w[:, modality_of_token].unsqueeze(1)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
@@ -156,7 +157,7 @@ class LaVIN(nn.Module):
         """
         hidden, W = self.hidden(batch), self.llama.output.weight
         chunks = zip(hidden.split(LOSS_ROWS), batch.targets.split(LOSS_ROWS))  # less memory than all at once
-        return sum(NegativeLogLikelihood.apply(h, W, R) for h, R in chunks)
+        return sum(Loss.apply(h, W, R) for h, R in chunks)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
         """Read the prompts -> logits [B, V] of the next token, a cache with room for more, w [L, B, 1, 2]"""
@@ -180,7 +181,7 @@ class LaVIN(nn.Module):
         """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
 
         Rows may differ in length and modality. All rows use the same random number in a step, so an answer
-        does not depend on how many others there are. ValueError if a prompt does not fit the context.
+        does not depend on how many others there are. ValueError if a prompt leaves no room in the context.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -190,9 +191,9 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(max_new_tokens):
-            p = torch.softmax(logits, -1)  # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}); here factor s
+            p = torch.softmax(logits, -1)  # Eq. (8): p[R_s] = p(R_s | Z, R_{0:s-1}), factor s of p(R | Z)
             R_s = pick(p, temperature, top_p, random)  # [B]
-            ids = R_s.tolist()
+            ids = R_s.tolist()  # of position n + s, if the prompt has n tokens
             done = [d or id == eos or n + s >= context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):
                 return
@@ -207,13 +208,13 @@ class LaVIN(nn.Module):
 
     def save(self, path: str | Path, **meta) -> None:
         """Write the adapters, with everything needed to rebuild this model around the same base."""
-        sizes = {"lavin": asdict(self.cfg), "llama": asdict(self.llama.cfg)}
-        write_adapters(path, adapters.trainable(self), sizes | {"base": weights.fingerprint(self)} | meta)
+        meta |= dict(lavin=asdict(self.cfg), llama=asdict(self.llama.cfg), base=weights.fingerprint(self))
+        write_adapters(path, adapters.trainable(self), meta)
 
 
 def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
     """p [B, V] -> tokens [B]: greedy at temperature 0, otherwise top-p sampling from p ^ (1 / temperature)"""
-    if temperature < 1e-4:  # 0, or so small that the quotient is infinite
+    if temperature < 1e-4:  # 0, or so small that 1 / temperature overflows
         return p.argmax(-1)
     p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p

@@ -2,9 +2,9 @@
 
 weights.py reads official weights, in Meta's layout or Hugging Face's. Parameters have Meta's names.
 
-There are three ways through the blocks. `forward` trains on packed sequences: end to end in one row, without
-padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence. Each
-hands its own function `attend(layer, q, k, v)` to the blocks, and so does `route`, for the modality tokens.
+There are four ways through the blocks: `forward` trains on packed sequences (end to end in one row, without
+padding), `prefill` reads packed prompts into a cache, `decode` reads one more token of each sequence, `route`
+reads the modality tokens. They differ only in attention, so each gives the blocks its own function `attend`.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r hidden units of an adapter.
@@ -57,7 +57,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged in LLaMA-1, 2
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # only LLaMA-3 has a scaling
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -86,21 +86,21 @@ class KVCache:
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
         shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads  # [B, G, S, D]
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
-                          for _ in range(2))
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
+        self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.tensor(lengths, device=device)  # tokens of each sequence
         self.filled = max(lengths)  # tokens of the longest sequence
 
     def grow(self) -> torch.Tensor:
-        """Count one more token of each sequence; return its positions [B]."""
+        """Count one more token of each sequence; return the positions of these tokens, [B]."""
         self.lengths, self.filled = self.lengths + 1, self.filled + 1
         return self.lengths - 1
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
-        """Store k, v [N, G, D] of N tokens at their rows and positions [N]; return all, [B, filled, G, D]"""
-        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
-        keys[rows, positions], values[rows, positions] = k, v  # written through the views into self.k, self.v
-        return keys[:, :self.filled], values[:, :self.filled]
+        """Store k[i], v[i] at rows[i], positions[i], [G, D] each; return all so far, [B, filled, G, D]."""
+        self.k[layer][rows, :, positions] = k
+        self.v[layer][rows, :, positions] = v
+        return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
 
 class Attention(nn.Module):
@@ -132,8 +132,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
 
-    What the backward pass needs, autograd keeps for each token: x before and after the attention; q, k, v;
-    the output of attention and its log-sum-exp per head; w1 x and w3 x. `recompute` saves keeping the rest.
+    For the backward pass, autograd keeps of each token: x before and after the attention; q, k, v; the output
+    of attention and the log-sum-exp of each head's scores; w1 x and w3 x. The inputs of frozen matrices are
+    not needed, as these get no gradient. Norms, adapter and silu(w1 x) * w3 x are recomputed.
     """
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
@@ -163,10 +164,9 @@ class LLaMA(nn.Module):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
-        """Training: x [1, T, C] holds sequences of these lengths. Without lengths, each row is one.
+        """Training: packed sequences, x [1, T, C] -> hidden states after the last norm, [1, T, C].
 
-        x: embeddings, or token ids [B, T]; w: a pair per token, [L, 1, T, 2]; dropout_mask: [L, B, T, r].
-        Returns the hidden states after the last norm, [B, T, C]; `output` turns them into logits.
+        w [L, 1, T, 2]: a pair per token; dropout_mask [L, 1, T, r]. x may be ids [B, T], a sequence per row.
         """
         x = x if x.is_floating_point() else self.tok_embeddings(x)
         lengths = lengths or [x.shape[1]]
@@ -208,11 +208,11 @@ class LLaMA(nn.Module):
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """Routing weights [L, M, 2] of modality tokens t [M, C]: in each layer, the router reads their state.
+        """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state.
 
         Each t_m attends only to itself. The softmax of a single score is 1, so attention returns its value v.
         """
-        t, routing_weights = t[None], []  # t [1, M, C]
+        t, routing_weights = t[None], []  # [1, M, C]: M tokens of one row that do not see each other
         rope = rope_table(torch.zeros(1, device=t.device), self.cfg)  # has no effect: q and k are not used
 
         def attend(layer, q, k, v):

@@ -8,8 +8,8 @@
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
 image and the turns. The model reads a chat as one sequence: head, X', prompt, answer, prompt, answer, prompt.
-If it is too long for the context, the oldest turns are left out. Prompts have ScienceQA's format if the
-adapters were trained on data in that format, otherwise "Instruction: ..".
+If it is too long for the context, the oldest turns are left out. A prompt is "Question: .. Context: ..
+Options: .. Response:" if the adapters were trained on ScienceQA's format, else "Instruction: ..".
 """
 import sys
 import time
@@ -57,7 +57,7 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # X', the turns that fit, prompt
     ids = []  # of the answer
-    meter = Meter(model, batch.lengths[0])  # times the tokens
+    meter = Meter(model, batch.lengths[0])  # times the tokens, for the line after the answer
 
     def tokens():
         for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed):
@@ -115,7 +115,7 @@ def main() -> None:
     if cfg.compile and cfg.bits == 4:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
-    Meter.prepare(device)  # measures the memory's bandwidth, for the line after an answer
+    Meter.prepare(device)  # measures how fast memory can be read, to compare the speed of the tokens with it
     started, after_read = time.time(), nf4.after_read(cfg.bits)  # quantises if --bits is 4, else None
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
@@ -125,8 +125,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # merge LLaMA's adapters into wq, wk and wv, once per modality (adapters.fold). The new model, a LaVIN of
-    # speed/step.py, picks the matrices of the prompt's modality and decodes faster. Its answers are the same
+    # merge LLaMA's adapters into wq, wk and wv, once per modality (adapters.fold). `folded` returns
+    # a subclass of LaVIN that uses the matrices of the prompt's modality and decodes faster (not with 4 bits)
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step

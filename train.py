@@ -41,7 +41,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each field. The comment is its help; [a, b) at the start is the allowed range.
+    # cli.py makes a flag of each field and shows its comment as help; [a, b) before it is the allowed range
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights
@@ -74,23 +74,23 @@ class Config:
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
-    checkpoint: bool = False  # gradient checkpointing: keep less, compute each block twice; 1.4 x the work
+    checkpoint: bool = False  # gradient checkpointing (saves no file): keep less, compute each block twice
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
     shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); no test after training
     workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
     log_every: int = 10  # [1, inf) steps between log lines
-    save_every: int = 100  # [1, inf) steps between checkpoints
+    save_every: int = 100  # [1, inf) steps between writings of OUT/checkpoint.pt
     # evaluation
     split: str = "test"  # split answered after training; "": none
     max_new_tokens: int = 48  # [1, 1048576] longest answer
 
 
 RECIPES = {"tiny": {}, "paper": dict(
-    # the paper has these, and Config's adapter_dim, tau, batch_size and weight_decay
+    # from the paper; so are the defaults above of adapter_dim, tau, batch_size and weight_decay
     epochs=20.0, lr=9e-3,
-    # the paper is silent; the released code has these, and Config's scale and beta2
+    # from the released code, where the paper is silent; so are the defaults of scale and beta2
     format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, warmup=2.0, micro_batch=4,
     max_new_tokens=256)}
 
@@ -170,19 +170,19 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     theta_a = trainable(model)
     n_params = sum(p.numel() for p in theta_a.values())
-    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))  # as data.split_batch does
+    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
     mean_size = cfg.batch_size / accumulation / ranks
     say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {dataset.per_epoch} per "
         f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {mean_size:g} = "
         f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}"
         + ("; sharded, so without a test" if cfg.shard else ""))
 
-    # all gradients and the loss lie in one buffer, so one all-reduce sums them; p.grad are views of it
+    # backward adds to p.grad, which are views of one buffer, as is the loss. So one all-reduce sums them all
     buffer = torch.zeros(n_params + 1, device=device)
     gradients, loss_sum = buffer[:-1], buffer[-1]
     for p, g in zip(theta_a.values(), gradients.split([p.numel() for p in theta_a.values()])):
         p.grad = g.view_as(p)
-    optimizer = optimizer_for(theta_a, cfg)  # moves theta_a alone
+    optimizer = optimizer_for(theta_a, cfg)
     must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {  # the same flags, tokens and base
         "data": hash_of(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, must_match) if cfg.resume else 0
@@ -191,12 +191,13 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
                                           num_workers=workers, pin_memory=device.type == "cuda")
     log = Log(out / "log.jsonl", stop, first) if is_main else None  # losses stay on the GPU until log.flush
 
+    # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
         buffer.zero_()
         for batch in micro_batches:
             with model.autocast():
-                L = model(batch.to(device)) / n_targets  # L(f_phi(Z), R; theta_a), this micro-batch's share
-            L.backward(inputs=[*theta_a.values()])  # Eq. (4): argmin L(f_phi(Z), R; theta_a), by its gradient
+                L = model(batch.to(device)) / n_targets  # Eq. (5) as a mean; this micro-batch's share of it
+            L.backward()
             loss_sum += L.detach()
         if ranks > 1:
             dist.all_reduce(buffer)  # sum
@@ -205,7 +206,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # one step of theta_a towards theta_a*, the argmin of Eq. (4)
+        optimizer.step()  # changes theta_a alone
 
         done = step + 1
         if is_main:

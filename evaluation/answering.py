@@ -113,7 +113,7 @@ def log_likelihoods(model, tokenizer, sample: Sample, answers: list[str]) -> dic
     with torch.inference_mode(), model.autocast():
         log_p = torch.log_softmax(model.llama.output(model.hidden(batch)).float(), -1)  # [targets, V]
         log_p = log_p.gather(1, batch.targets[:, None])[:, 0]
-    log_p = log_p.split([e.length - e.start for e in examples])
+    log_p = log_p.split([e.n_targets for e in examples])
     return {a: x.sum().item() for a, x in zip(answers, log_p)}
 
 

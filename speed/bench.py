@@ -175,12 +175,12 @@ def build(cfg: Config, device: torch.device, dtype: torch.dtype, vision: bool = 
     return model
 
 
-def examples_of(problems: list[Kind], vocab_size: int, n_visual: int) -> list[data.Example]:
+def examples_of(problems: list[Kind], vocab_size: int, per_image: int) -> list[data.Example]:
     """Problems of these lengths, with random tokens. All pictures are the same file."""
     picture = Sample("", "", "", Path(__file__).parents[1] / "tiny/demo.png", {})
     examples = []
     for p in problems:
-        n_visual = n_visual * p.picture
+        n_visual = per_image * p.picture
         head, rest = (torch.randint(3, vocab_size, (n,)).tolist() for n in (4, p.length - n_visual - 4))
         examples.append(data.Example(picture, head, n_visual, rest, p.prompt - n_visual - 4))
     return examples

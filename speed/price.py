@@ -282,7 +282,7 @@ def problems_of(cfg, model: LaVIN) -> tuple[list[Kind], str]:
     for source in sources:
         samples = source.read("train", cfg.format, cfg.captions, cfg.vision)
         examples, _ = data.encode_all(samples, tokenizer, model.vit.n_visual if model.vit else 0, cfg.max_len)
-        found += [Kind(e.length, e.start, e.n_visual > 0) for e in examples]
+        found += [Kind(e.length, e.length - e.n_targets, e.n_visual > 0) for e in examples]
     return found, cfg.data
 
 

@@ -159,4 +159,5 @@ def run(p, model, e, image) -> Run:
     Z = sequence(ids, image, len(e.head), p, model.cfg, model.vit.cfg)
     h, w = llama(Z, sub(p, "llama."), model.llama.cfg, model.cfg.adapter, token=True)
     log_p = np.log(softmax(h[1:] @ p["llama.output.weight"].T))  # [T, V]
-    return Run(Z, np.stack(w), log_p[range(e.start - 1, e.length - 1), e.rest[e.n_prompt:]])
+    before = range(e.length - e.n_targets - 1, e.length - 1)  # the positions that predict the targets
+    return Run(Z, np.stack(w), log_p[before, e.rest[e.n_prompt:]])

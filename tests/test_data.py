@@ -36,7 +36,7 @@ def test_tokens_targets_and_slots(tmp_path):
     assert (with_picture.head, with_picture.n_visual) == ([1, label], 3)
     assert with_picture.rest == [one, two, three, four, 2]
     assert (text.head, text.n_visual, text.rest) == ([1, *na], 0, [one, two, three, 2])
-    assert (with_picture.length, with_picture.start, text.length, text.start) == (10, 7, 7, 5)
+    assert [(e.length, e.n_targets) for e in (with_picture, text)] == [(10, 3), (7, 2)]
     batch = data.collate([with_picture, text], 4, "clip")
     assert batch.tokens.tolist() == with_picture.head + with_picture.rest + text.head + text.rest
     assert batch.part_lengths == [2, 5, 3, 4] and batch.lengths == [10, 7] and batch.modality == [1, 0]
@@ -143,7 +143,7 @@ def test_real_problems_with_the_real_tokenizer():
     lengths = torch.tensor([1 + len(e.rest) for e in examples], dtype=torch.float)
     assert 299 < lengths.mean() < 302 and 275 < lengths.median() < 279
     assert 0.065 < (lengths > 512).float().mean() < 0.08
-    assert 215 < sum(e.length - e.start for e in examples) / len(examples) < 225
+    assert 215 < sum(e.n_targets for e in examples) / len(examples) < 225
     assert 0.4 < sum(s.image is not None for s in samples) / len(samples) < 0.6
     with_picture = next(e for e in examples if e.n_visual)
     assert with_picture.head == [1, 7084, 29901, 29871] and with_picture.n_visual == 6

@@ -104,14 +104,15 @@ def test_it_is_short():
 
 
 def test_equation_map():
-    """Each link leads to a line that is tagged with its equation, inside the function that it names."""
+    """Each link leads to the lines that are tagged with its equation, inside what it names."""
     rows = re.findall(r"^\| Eq\. \((\d)\).*\| (\[.*) \|$", TEXTS[README], re.M)
     assert [int(n) for n, _ in rows] == list(range(1, 9))
     for n, cell in rows:
-        links = re.findall(r"\[(\w+)\.py:(\d+)\]\((\w+)\.py#L(\d+)\): `([\w.]+)`", cell)
-        assert links, cell
-        for module, line, target, target_line, function in links:
-            assert (module, line) == (target, target_line)
-            lines, first = inspect.getsourcelines(attrgetter(function)(importlib.import_module(module)))
-            tagged = [first + i for i, text in enumerate(lines) if f"# Eq. ({n})" in text]
-            assert int(line) in tagged, f"Eq. ({n}) in {function}: {module}.py:{tagged}, not {line}"
+        link = re.fullmatch(r"\[(\w+)\.py:([\d-]+)\]\((\w+)\.py#(L[\dL-]+)\): `([\w.]+)`", cell)
+        assert link, cell
+        module, shown, target, anchor, name = link.groups()
+        assert (module, shown) == (target, anchor.replace("L", ""))
+        lines, first = inspect.getsourcelines(attrgetter(name)(importlib.import_module(module)))
+        tagged = [first + i for i, text in enumerate(lines) if f"# Eq. ({n}):" in text]
+        linked = sorted(map(int, shown.split("-")))
+        assert linked == sorted({tagged[0], tagged[-1]}), f"Eq. ({n}): {module}.py:{tagged}, not {shown}"
