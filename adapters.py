@@ -28,7 +28,7 @@ Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 an
 Why the two phi_u become different, although both start at zero. In the gradient of phi_u1, the share of each
 sample is multiplied by its w_0; in that of phi_u2, by its w_1. E_m starts at random, so w differs between
 text and images, and the two gradients have different directions. In the ViT, w varies little from image to
-image, and the two phi_u stay similar: in the tiny model, their cosine is about 0.9, in its LLaMA about 0.5.
+image, and the two stay similar: in the tiny model, their cosine is about 0.9 in the ViT and 0.5 in LLaMA.
 
 Shapes: B rows (1 in LLaMA's training, where samples are packed), T tokens, d width, r hidden units (8).
 """
@@ -72,12 +72,12 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r]: True where a unit survives; data.py draws it with the batch. None: no dropout"""
+    """mask [B, T, r], or None: no dropout. A given mask, because `recompute` runs this twice."""
     return h if mask is None else h * mask / (1 - p)
 
 
 class RepAdapter(nn.Module):
-    """One adapter on its own, as in the first rows of Table 2: z + s f_a(z), f_a(z) = phi_u(phi_d(z))"""
+    """f_a(z) = phi_u(phi_d(z)). As a module of its own, as in the first rows of Table 2: z + s f_a(z)"""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
@@ -92,7 +92,7 @@ class RepAdapter(nn.Module):
 
 
 class MMAdapter(nn.Module):
-    """Mixture-of-Modality Adapter: two RepAdapters that share phi_d, and the router that weighs them."""
+    """Mixture-of-Modality Adapter: f_a1 and f_a2, which share phi_d, and the router that weighs them."""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
@@ -107,7 +107,7 @@ class MMAdapter(nn.Module):
         return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z' [B, T, d]. w: a pair (w_0, w_1) for each token [B, T, 2] or each row [B, 1, 2]"""
+        """z [B, T, d] -> z' [B, T, d]. w = f_w(t_m), see `route`: of each token [B, T, 2] or row [B, 1, 2]"""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each

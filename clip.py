@@ -38,7 +38,7 @@ PRESETS = {
     "ViT-B/16": CLIPConfig(patch_size=16, width=768, layers=12, heads=12),
     "tiny": CLIPConfig(image_size=64, patch_size=8, width=128, layers=6, heads=4, cls_every=1),
 }
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's, LAION's
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # gelu: LAION's CLIPs
 
 
 class LayerNorm(nn.LayerNorm):
@@ -93,12 +93,11 @@ class Block(nn.Module):
         self.routed_by = "cls"  # or "token"
 
     def adapted(self, x, dropout_mask):
-        """The input of the attention: normalise, then Eq. (2). There is no t_m here: the router reads [cls].
+        """The input of the attention: normalise, then Eq. (2). Each image is routed by its own [cls].
 
-        In the released code, token i of every image is routed by token i of the batch's first image, because
-        the router reads z[:, 0] where z is [T, N, C]. Here, each image is routed by its own [cls]. But the
-        authors' adapter files were trained like that, and with a single image each token is then routed by
-        its own state. So routed_by is "token" when they are loaded.
+        In the released code, the router reads z[:, 0], but z is [T, N, C]: token i of every image is routed
+        by token i of the batch's first image. With a single image, that is each token's own state. The
+        authors' adapter files were trained so, and when they are loaded, routed_by is "token".
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

@@ -49,7 +49,7 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
-        # tokenized as one string, as released. A token that spans prompt and response counts as prompt
+        # tokenized as one string, as released. A token with text of prompt and response is no target
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_visual if sample.image else 0, rest, len(prompt))
 
@@ -58,7 +58,7 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
     """Training examples of at most max_len tokens; counts of samples kept, cut, dropped, with a picture.
 
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len, so that no target is
-    left; in the released code, a micro-batch without targets has loss NaN. Its max_len counts t_m, ours not.
+    left; in the released code, a micro-batch without targets has loss NaN. There, max_len counts t_m, too.
     """
     examples, count = [], {"kept": 0, "cut": 0, "dropped": 0, "with a picture": 0}
     for sample in samples:
@@ -98,7 +98,7 @@ class Batch(NamedTuple):
 
 def collate(examples: list[Example], image_size: int, normalize: str, image_embeds=None) -> Batch:
     """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
-    ends = np.cumsum([e.length for e in examples])  # where each sequence ends in the row; so do its targets
+    ends = np.cumsum([e.length for e in examples])  # in the row. The targets are the last n_targets tokens
     predict_at = [np.arange(end - e.n_targets, end) - 1 for e, end in zip(examples, ends)]  # the token before
     joined = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
     batch = Batch(tokens=joined([ids for e in examples for ids in (e.head, e.rest)]),
@@ -148,7 +148,7 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens, and so do the micro-batches of a rank: the largest decides
-    the peak memory. All ranks get equally many, some empty: with --shard, a pass needs all ranks.
+    the peak memory. Each rank gets as many micro-batches, even empty ones: --shard needs all in each pass.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)
@@ -171,10 +171,10 @@ class Steps(torch.utils.data.Dataset):
     """
 
     def __init__(self, examples: list[Example], batch_size: int, micro_batch: int, rank: int, ranks: int,
-                 seed: int, image_size: int, normalize: str, dropout: MaskSampler | None = None):
+                 seed: int, image_size: int, normalize: str, masks: MaskSampler | None = None):
         self.examples, self.batch_size, self.micro_batch = examples, batch_size, micro_batch
         self.rank, self.ranks, self.seed = rank, ranks, seed
-        self.image_size, self.normalize, self.dropout = image_size, normalize, dropout
+        self.image_size, self.normalize, self.masks = image_size, normalize, masks
         self.lengths = [e.length for e in examples]
         self.per_epoch = math.ceil(len(examples) / batch_size)
 
@@ -194,7 +194,7 @@ class Steps(torch.utils.data.Dataset):
             batch = collate(examples, self.image_size, self.normalize)
             if not indices:
                 batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
-            elif self.dropout:
-                batch = batch._replace(**self.dropout.draw(examples, [[self.seed, step, i] for i in indices]))
+            elif self.masks:
+                batch = batch._replace(**self.masks.draw(examples, [[self.seed, step, i] for i in indices]))
             batches.append(batch)
         return batches, n_targets

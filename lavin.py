@@ -3,7 +3,7 @@
 What joins them: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq. 5), generation (Eq.
 8), and the adapters of adapters.py. The name of every module that trains begins with `adapter_`.
 
-Precision on a GPU: the frozen models (the base) are stored in bf16, and matrix products and attention run in
+Precision with CUDA: the frozen models (the base) are stored in bf16, and matrix products and attention run in
 bf16 (`autocast`). Norms, rotary embedding, the routers' softmax and the loss are computed in fp32. Adapters
 are stored in fp32, because bf16 would round small updates away.
 
@@ -56,7 +56,8 @@ class Neck(nn.Module):
 
 
 def negative_log_likelihood(hidden, W, R):
-    """hidden [targets, C], W [V, C], R [targets] token ids -> L, fp32; log p of all tokens, [targets, V]"""
+    """hidden [targets, C], W [V, C], R [targets] token ids -> L, fp32; log p of all tokens, [targets, V].
+    One dimension holds the targets of all samples i and all s, from the first token of R^i to its EOS."""
     log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)
     log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a) of all i and s
     L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
@@ -64,7 +65,8 @@ def negative_log_likelihood(hidden, W, R):
 
 
 class Loss(torch.autograd.Function):
-    """L, whose gradient is computed in the forward pass: this frees log_p, the largest tensor of training."""
+    """L, with the gradient that autograd would compute. Only to save memory: the gradient is computed in the
+    forward pass already, so log_p, the largest tensor of training, need not be kept."""
 
     @staticmethod
     def forward(ctx, hidden, W, R):
@@ -90,7 +92,7 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)  # its name in released files
-        if cfg.vision and cfg.vit_adapters:  # always MM-Adapters: only then do Table 2's 2.5M and 2.9M add up
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with "rep": Table 2 counts 2.9M, not 2.7
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -116,7 +118,7 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of each sample with an image, [.., n, C]. (For others, the released code encodes a black image.)
+        """X' of each sample with an image, [.., n, C]. Of text, the released code encodes a black image.
 
         With dropout, an image is encoded once per sample, because each has its own mask. A chat keeps X'."""
         if batch.image_embeds is not None:
@@ -131,8 +133,8 @@ class LaVIN(nn.Module):
         inputs, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # text: empty
-            # t_m is missing, because no other token sees it: `pack` gives what LLaMA.route makes of it
-            Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y]; as released, X' is inside Y
+            # as released, X' follows "Image: ". No other token sees t_m: it acts only through w, see `pack`
+            Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y] without t_m, X' inside Y
             inputs.append(Z)
         return inputs
 
@@ -150,11 +152,8 @@ class LaVIN(nn.Module):
         return self.llama(Z, w, batch.lengths, batch.llama_dropout_mask)[0, batch.predict_at]
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss of one micro-batch: the summed negative log-likelihood of its targets, an fp32 scalar.
-
-        train.py divides the sum by the number of targets in the global batch, so the update does not depend
-        on the split. The released code averages the means of micro-batches, so its update does depend on it.
-        """
+        """L of a micro-batch. train.py divides it by the number of targets in the global batch, so the update
+        does not depend on the split. The released code averages means of micro-batches, so there it does."""
         hidden, W = self.hidden(batch), self.llama.output.weight
         chunks = zip(hidden.split(LOSS_ROWS), batch.targets.split(LOSS_ROWS))  # less memory than all at once
         return sum(Loss.apply(h, W, R) for h, R in chunks)
@@ -166,7 +165,7 @@ class LaVIN(nn.Module):
             cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, Z.dtype)
             last = cache.lengths.cumsum(0) - 1  # where each prompt ends in Z, [B]
             h = self.llama.prefill(Z, w, batch.lengths, cache)[0, last]  # [B, C]
-            w = None if w is None else w[:, 0, last].unsqueeze(2)  # of each prompt's last token
+            w = None if w is None else w[:, 0, last].unsqueeze(2)  # one pair per prompt: its tokens share it
             return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -192,8 +191,8 @@ class LaVIN(nn.Module):
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(max_new_tokens):
             p = torch.softmax(logits, -1)  # Eq. (8): p[R_s] = p(R_s | Z, R_{0:s-1}), factor s of p(R | Z)
-            R_s = pick(p, temperature, top_p, random)  # [B]
-            ids = R_s.tolist()  # of position n + s, if the prompt has n tokens
+            R_s = pick(p, temperature, top_p, random)  # [B]; at position n + s, after a prompt of n tokens
+            ids = R_s.tolist()
             done = [d or id == eos or n + s >= context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):
                 return
@@ -219,7 +218,8 @@ def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Genera
     p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
-    u = torch.rand((), generator=random).item()  # take the first token whose cumulative p exceeds it
+    u = torch.rand((), generator=random).item()
+    # the first token whose cumulative p exceeds u times the total
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]
 

@@ -4,7 +4,7 @@ weights.py reads official weights, in Meta's layout or Hugging Face's. Parameter
 
 There are four ways through the blocks: `forward` trains on packed sequences (end to end in one row, without
 padding), `prefill` reads packed prompts into a cache, `decode` reads one more token of each sequence, `route`
-reads the modality tokens. They differ only in attention, so each gives the blocks its own function `attend`.
+reads the modality tokens. Each gives the blocks its own function `attend`, which computes the attention.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r hidden units of an adapter.
@@ -33,7 +33,7 @@ class LLaMAConfig:
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
     n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
-    rope_scaling: dict | None = None  # from LLaMA-3.1 on: slower rotation, see official/rope.py; None: none
+    rope_scaling: dict | None = None  # from LLaMA-3.1 on: slower rotation, see official/rope.py
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -57,7 +57,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # only LLaMA-3 has a scaling
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged up to LLaMA-3
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -97,8 +97,8 @@ class KVCache:
         return self.lengths - 1
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
-        """Store k[i], v[i] at rows[i], positions[i], [G, D] each; return all so far, [B, filled, G, D]."""
-        self.k[layer][rows, :, positions] = k
+        """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
+        self.k[layer][rows, :, positions] = k  # torch puts the indexed dimension first: [tokens, G, D]
         self.v[layer][rows, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
@@ -126,15 +126,15 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x):
-        return self.w2(recompute(lambda w1_x, w3_x: F.silu(w1_x) * w3_x, self.w1(x), self.w3(x)))
+        return self.w2(recompute(lambda w1_x, w3_x: F.silu(w1_x) * w3_x, self.w1(x), self.w3(x)))  # see Block
 
 
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
 
     For the backward pass, autograd keeps of each token: x before and after the attention; q, k, v; the output
-    of attention and the log-sum-exp of each head's scores; w1 x and w3 x. The inputs of frozen matrices are
-    not needed, as these get no gradient. Norms, adapter and silu(w1 x) * w3 x are recomputed.
+    of attention and the log-sum-exp of each head's scores; w1 x and w3 x. A frozen matrix gets no gradient,
+    so its input is not kept. Norms, adapter and silu(w1 x) * w3 x are computed again (`recompute`).
     """
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
@@ -164,9 +164,9 @@ class LLaMA(nn.Module):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
-        """Training: packed sequences, x [1, T, C] -> hidden states after the last norm, [1, T, C].
+        """Hidden states after the last norm, [1, T, C], of packed sequences x [1, T, C] of these lengths.
 
-        w [L, 1, T, 2]: a pair per token; dropout_mask [L, 1, T, r]. x may be ids [B, T], a sequence per row.
+        w: [L, 1, T, 2], dropout_mask: [L, 1, T, r]. tiny/make_llm.py passes ids [B, T], a sequence per row.
         """
         x = x if x.is_floating_point() else self.tok_embeddings(x)
         lengths = lengths or [x.shape[1]]

@@ -55,9 +55,9 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     """Print the answer to one prompt as it is generated, and keep it as a turn."""
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
-    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # X', the turns that fit, prompt
+    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', the turns that fit, prompt
     ids = []  # of the answer
-    meter = Meter(model, batch.lengths[0])  # times the tokens, for the line after the answer
+    meter = Meter(model, batch.lengths[0])  # writes the line after the answer: tokens per second
 
     def tokens():
         for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed):
@@ -115,8 +115,9 @@ def main() -> None:
     if cfg.compile and cfg.bits == 4:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
-    Meter.prepare(device)  # measures how fast memory can be read, to compare the speed of the tokens with it
-    started, after_read = time.time(), nf4.after_read(cfg.bits)  # quantises if --bits is 4, else None
+    Meter.prepare(device)  # measures what the memory allows
+    started = time.time()
+    after_read = nf4.after_read(cfg.bits)  # a function that quantises, or None if --bits is 16
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
     print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
           f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
@@ -125,8 +126,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # merge LLaMA's adapters into wq, wk and wv, once per modality (adapters.fold). `folded` returns
-    # a subclass of LaVIN that uses the matrices of the prompt's modality and decodes faster (not with 4 bits)
+    # FoldedLaVIN, a subclass in speed/step.py: LLaMA's adapters are merged into wq, wk, wv for each modality
+    # (adapters.fold), and `decode` is faster for a single row. With --bits 4, the model stays as it is
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step

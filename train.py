@@ -1,6 +1,6 @@
 """Train LaVIN's adapters: mixture-of-modality training, section 3.1 of the paper. The loop is in `train`.
 
-    python train.py                                      the built-in small world, on a CPU
+    python train.py                                      the built-in small world, a CPU is enough
     python train.py --recipe paper --llama LLaMA-7B --clip ViT-L-14 --data ScienceQA       one GPU
     torchrun --nproc_per_node 8 train.py --recipe paper ..                                 eight GPUs
 
@@ -41,10 +41,10 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each field and shows its comment as help; [a, b) before it is the allowed range
+    # cli.py makes a flag of each field. The comment is its help text; it may begin with the allowed range
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
-    clip: str = "tiny/clip"  # folder of CLIP weights
+    clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
     data: str = SMALL_WORLD  # folder in ScienceQA's layout, or a mixture such as alpaca:FILE,llava:PATH
     out: str = "out"  # folder of the run
     resume: bool = False  # continue from OUT/checkpoint.pt
@@ -108,18 +108,28 @@ def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.o
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)
 
 
-# --resume refuses a run in which one of these differs; folders, machine and logging may change
+def flat_gradients(theta_a: dict[str, torch.nn.Parameter], device) -> torch.Tensor:
+    """One buffer for all gradients and, as its last number, the loss. Each p.grad becomes a view into it, and
+    backward adds to these views. So one all-reduce sums everything over the ranks."""
+    sizes = [p.numel() for p in theta_a.values()]
+    buffer = torch.zeros(sum(sizes) + 1, device=device)
+    for p, g in zip(theta_a.values(), buffer[:-1].split(sizes)):
+        p.grad = g.view_as(p)
+    return buffer
+
+
 MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normalize format captions max_len "
               "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
 
 
-def hash_of(examples: list[data.Example]) -> str:
-    """A hash of all token ids and image names"""
-    digest = hashlib.sha256()
+def identity(cfg: Config, dtype, model: LaVIN, examples: list[data.Example]) -> dict:
+    """What --resume compares with the run that it continues; folders, machine and logging may change."""
+    tokens = hashlib.sha256()
     for e in examples:
         image = e.sample.image.name if e.sample.image else ""
-        digest.update(f"{e.head} {e.n_prompt} {image}".encode() + e.rest.tobytes())
-    return digest.hexdigest()[:16]
+        tokens.update(f"{e.head} {e.n_prompt} {image}".encode() + e.rest.tobytes())
+    return {name: getattr(cfg, name) for name in MUST_MATCH} | {
+        "data": tokens.hexdigest()[:16], "base": weights.fingerprint(model), "dtype": str(dtype)}
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
@@ -139,22 +149,26 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     return model.to(device), tokenizer
 
 
-def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, list, list]:
-    """Model, tokenizer, training examples, test problems. A source is one of the data sets in --data."""
+def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
+    """Model, tokenizer, batches, test problems. A source is one of the data sets in --data."""
     datasets = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision))
                 for source in prompts.mixture(cfg.data)]
-    # answered after training: the first data set in ScienceQA's layout, such as the small world
+    # after training, the model answers the first data set in ScienceQA's layout, such as the small world
     tested = next((source for source, _ in datasets if source.kind == "scienceqa" and cfg.split), None)
     tests = tested.read(cfg.split, cfg.format, cfg.captions, cfg.vision) if tested else []
     model, tokenizer = build(cfg, device, dtype)
+    n_visual, image_size = (model.vit.n_visual, model.vit.cfg.image_size) if model.vit else (0, 0)
     examples = []
     for source, samples in datasets:
-        kept, count = data.encode_all(samples, tokenizer, model.vit.n_visual if model.vit else 0, cfg.max_len)
+        kept, count = data.encode_all(samples, tokenizer, n_visual, cfg.max_len)
         say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
-    return model, tokenizer, examples, tests
+    rank, ranks = cli.processes()
+    dataset = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
+                         image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
+    return model, tokenizer, dataset, tests
 
 
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
@@ -162,30 +176,21 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     is_main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
-    model, tokenizer, examples, tests = prepare(cfg, device, dtype, say)
-    image_size = model.vit.cfg.image_size if model.vit else 0
-    dataset = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
-                         image_size=image_size, normalize=cfg.normalize, dropout=data.MaskSampler.of(model))
+    model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
     total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
-    theta_a = trainable(model)
-    n_params = sum(p.numel() for p in theta_a.values())
     accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
-    mean_size = cfg.batch_size / accumulation / ranks
-    say(f"{n_params:,} trainable parameters on {device} in {dtype}; {total} steps, {dataset.per_epoch} per "
-        f"epoch, {warmup} for warm-up; {accumulation} accumulation x {ranks} processes x {mean_size:g} = "
-        f"{cfg.batch_size} samples; peak lr {peak_lr:.2e}"
+    theta_a = trainable(model)
+    say(f"{sum(p.numel() for p in theta_a.values()):,} trainable parameters on {device} in {dtype}; "
+        f"{total} steps, {dataset.per_epoch} per epoch, {warmup} for warm-up; {accumulation} accumulation x "
+        f"{ranks} processes x {cfg.batch_size / accumulation / ranks:g} = {cfg.batch_size} samples; "
+        f"peak lr {peak_lr:.2e}"
         + ("; sharded, so without a test" if cfg.shard else ""))
-
-    # backward adds to p.grad, which are views of one buffer, as is the loss. So one all-reduce sums them all
-    buffer = torch.zeros(n_params + 1, device=device)
+    buffer = flat_gradients(theta_a, device)
     gradients, loss_sum = buffer[:-1], buffer[-1]
-    for p, g in zip(theta_a.values(), gradients.split([p.numel() for p in theta_a.values()])):
-        p.grad = g.view_as(p)
     optimizer = optimizer_for(theta_a, cfg)
-    must_match = {name: getattr(cfg, name) for name in MUST_MATCH} | {  # the same flags, tokens and base
-        "data": hash_of(examples), "base": weights.fingerprint(model), "dtype": str(dtype)}
-    first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, must_match) if cfg.resume else 0
+    run = identity(cfg, dtype, model, dataset.examples)
+    first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, run) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                           num_workers=workers, pin_memory=device.type == "cuda")
@@ -196,7 +201,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         buffer.zero_()
         for batch in micro_batches:
             with model.autocast():
-                L = model(batch.to(device)) / n_targets  # Eq. (5) as a mean; this micro-batch's share of it
+                L = model(batch.to(device)) / n_targets  # a share of Eq. (5), as a mean over the targets
             L.backward()
             loss_sum += L.detach()
         if ranks > 1:
@@ -218,7 +223,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             stop_if_not_finite(losses, done, dataset)
         if is_main and to_save:
             write_checkpoint(out / "checkpoint.pt", {
-                "step": done, "run": must_match, "optimizer": optimizer.state_dict(),
+                "step": done, "run": run, "optimizer": optimizer.state_dict(),
                 "adapters": {name: p.detach() for name, p in theta_a.items()}})
     if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,

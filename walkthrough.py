@@ -86,13 +86,13 @@ w_vit, tau = [], model.cfg.adapter.tau  # w_vit: of each block, [image, 1, (w_0,
 for block in model.vit.transformer.resblocks:  # f_w returns [cls] W_m + b_m; the hook keeps the softmax
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, out: w_vit.append((out / tau).softmax(-1)))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT for the demo image, and with red and blue exchanged. Block 0: [cls] has seen neither.",
+print("w_0 in the ViT: the demo image; red and blue exchanged. In block 0, no [cls] has attended to a patch.",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train)
-print("The gradient reaches even the ViT's first adapter. Test: add e to each entry of its phi_d.bias. For\n"
-      "the loss L of the wrong response, autograd and a finite difference give the same dL/de.")
+print("The gradient reaches even the ViT's first adapter. Check: add one number e to all entries of its\n"
+      "phi_d.bias. Autograd and a finite difference give the same dL/de. (L: as below, wrong response.)")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
@@ -108,7 +108,7 @@ print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, 
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, f"the loss\nright: {RED}\nwrong: The answer is B.", lavin.negative_log_likelihood)
+equation(5, f"the loss of two responses\n{RED}\nThe answer is B. (wrong)", lavin.negative_log_likelihood)
 there = [-x.log_p.sum() for x in (naive_right, naive_wrong)]
 check("L", "response", [model(right_batch), model(wrong_batch)], there)
 
@@ -142,8 +142,8 @@ words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visual)), *words(right.rest)]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
-print("\nThe first image again. At the token 'big', 'red' is predicted. What 'big' attends to in the last\n"
-      "layer of LLaMA (mean of the heads, above 0.01):",
+print("\nWith the first image, the model predicts 'red' after 'On the left is a big'. What the token 'big'\n"
+      "attends to in the last layer of LLaMA, mostly X'_4 (mean of the heads, above 0.01):",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges each adapter of LLaMA into wq, wk and wv. It leaves q, the output of wq, as it was:")
 W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])

@@ -145,11 +145,11 @@ def build(run: Run, options: Options) -> tuple[LaVIN, object, list, train.Config
     clip = TINY / "clip" if run.encoder == "whole" else Path(options.work, "half_clip")
     cfg = train.Config(llama=str(TINY / "llama"), clip=str(clip), data=str(Path(options.work, run.world)),
                        seed=run.seed, split="", epochs=1.0, **run.flags)
-    model, tokenizer, examples, _ = train.prepare(cfg, torch.device("cpu"), torch.float32, lambda *_: None)
+    model, tokenizer, dataset, _ = train.prepare(cfg, torch.device("cpu"), torch.float32, lambda *_: None)
     if run.lora:
         torch.manual_seed(run.seed)
         model = LoRALaVIN(model.llama, model.vit, model.cfg, run.lora)
-    return model, tokenizer, examples, cfg
+    return model, tokenizer, dataset.examples, cfg
 
 
 def perform(run: Run, options: Options, file: Path) -> None:
