@@ -1,4 +1,4 @@
-"""What LaVIN trains: RepAdapters and the router that mixes two of them. https://arxiv.org/abs/2305.15023
+"""What LaVIN puts into every block: two adapters and a router. https://arxiv.org/abs/2305.15023
 
 One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention of the two frozen models:
 
@@ -9,26 +9,23 @@ One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention 
     t_m ── W_m, b_m ── / tau ── softmax ── w_0, w_1                                   Eq. (3)
 
 Why a modality token. One LLM has to serve text alone and text with an image, and the two need different
-adaptation. A token t_m says which of the two the input is. It acts only through the routers: in every
-layer, a router reads the hidden state of t_m and mixes two adapters, w_0 of the first and w_1 of the second.
+adaptation. A token t_m says which of the two the input is. It acts only through the routers: in every layer,
+a router reads the hidden state of t_m and weights the adapters f_a1 and f_a2 by w_0 and w_1.
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
-attention mask lets t_m see only itself, and hides t_m from all other tokens. So the state of t_m, and with it
-w, depends only on the modality: each layer of a trained model has two pairs (w_0, w_1), one for text and one
-for images. Three things follow. First, t_m need not stand in the sequence, so it passes through LLaMA on its
-own (`LLaMA.route`). This moves all positions by one, which changes nothing: rotary attention depends only on
-differences of positions. Second, an adapter of LLaMA is one affine map per modality, because it has no
-activation. Third, a trained adapter can be merged into the projection that follows it (`fold`).
+attention mask lets t_m see only itself, and hides t_m from all other tokens. So w depends only on the
+modality: each layer of a trained model has one pair (w_0, w_1) for text and one for images. This has two
+consequences. First, t_m need not stand in the sequence: `LLaMA.route` runs it on its own. (All positions then
+move by one, but rotary attention depends only on their differences.) Second, an adapter of LLaMA is one
+affine map per modality, because it has no activation. So a trained one can be merged into the projection
+that follows it (`fold`). In the ViT, the weights are not constants. There is no t_m: the router reads the
+image's own [cls]. From block 1 on, [cls] has attended to the patches, so w depends on the image.
 
-Why the ViT's are not. There is no t_m: the router reads the image's own [cls]. From block 1 on, [cls] has
-attended to the patches, so w depends on the image.
-
-Why an untrained adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z.
-
-Why the two phi_u become different, although both start at zero. In the gradient of phi_u1, the share of each
-sample is multiplied by its w_0; in that of phi_u2, by its w_1. E_m starts at random, so w differs between
-text and images, and the two gradients have different directions. In the ViT, w varies little from image to
-image, and the two stay similar: in the tiny model, their cosine is about 0.9 in the ViT and 0.5 in LLaMA.
+Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
+phi_u and the neck get gradients other than zero. The two phi_u start equal, but do not stay so. The gradient
+of phi_u1 is a sum over the samples, each weighted by its w_0; that of phi_u2 is the same sum, weighted by
+w_1. E_m starts at random, so w differs between text and images, and the two sums have different directions.
+In the ViT, w varies little from image to image, and the two phi_u stay similar.
 
 Shapes: B rows (1 in LLaMA's training, where samples are packed), T tokens, d width, r hidden units (8).
 """
@@ -36,7 +33,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
@@ -47,6 +43,12 @@ class AdapterConfig:
     scale: float = 1.0  # s
     tau: float = 10.0  # router temperature: 10 for LLaMA-7B, 5 for 13B
     dropout: float = 0.1  # on the hidden units of the adapter
+
+    def __post_init__(self):
+        if self.kind not in ("mm", "rep"):
+            raise ValueError(f"unknown adapter kind {self.kind!r}; known: mm, rep")
+        if self.dim < 2 or self.dim % 2:
+            raise ValueError(f"adapter width {self.dim}: expected an even number; phi_u has two groups")
 
 
 def xavier(linear: nn.Linear) -> nn.Linear:
@@ -68,27 +70,40 @@ class GroupedLinear(nn.Module):
         return torch.block_diag(*self.weight.chunk(2))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return F.linear(h, self.dense(), self.bias)  # at r = 8, faster than one product per group
+        return nn.functional.linear(h, self.dense(), self.bias)  # at r = 8, faster than one product per group
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r], or None: no dropout. A given mask, because `recompute` runs this twice."""
+    """mask [B, T, r] is False where a unit is dropped. data.py draws it with the batch (None: no dropout),
+    because the backward pass computes the adapter a second time and must drop the same units."""
     return h if mask is None else h * mask / (1 - p)
 
 
 class RepAdapter(nn.Module):
-    """f_a(z) = phi_u(phi_d(z)). As a module of its own, as in the first rows of Table 2: z + s f_a(z)"""
+    """A single adapter f_a(z) = phi_u(phi_d(z)), as in the first rows of Table 2. It returns z + s f_a(z)."""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
-        self.cfg, r = cfg, cfg.dim
-        self.phi_d = xavier(nn.Linear(d, r))
-        self.phi_u = GroupedLinear(r, d)
+        self.cfg = cfg
+        self.phi_d, self.phi_u = xavier(nn.Linear(d, cfg.dim)), GroupedLinear(cfg.dim, d)
 
     def forward(self, z: torch.Tensor, w: None = None, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z' [B, T, d]. w is ignored: a block calls both kinds of adapter alike."""
+        """z [B, T, d] -> z' [B, T, d]. w is ignored; it is here because a block calls both kinds alike."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         return z + self.cfg.scale * self.phi_u(h)  # the released code returns phi_u(h) alone
+
+
+class Router(nn.Linear):
+    """f_w. Its weight is W_m, its bias b_m."""
+
+    def __init__(self, d: int, tau: float):
+        super().__init__(d, 2)
+        self.tau = tau
+
+    def forward(self, t_m: torch.Tensor) -> torch.Tensor:
+        """t_m [.., d] -> w [.., 2], fp32. t_m is its state in this layer, after the same norm as z."""
+        logits = super().forward(t_m).float()  # t_m W_m + b_m
+        return torch.softmax(logits / self.tau, -1)  # Eq. (3): f_w(t_m) = softmax((t_m W_m + b_m) / tau)
 
 
 class MMAdapter(nn.Module):
@@ -99,30 +114,15 @@ class MMAdapter(nn.Module):
         self.cfg, r = cfg, cfg.dim
         self.phi_d = xavier(nn.Linear(d, r))
         self.phi_u1, self.phi_u2 = GroupedLinear(r, d), GroupedLinear(r, d)
-        self.f_w = nn.Linear(d, 2)  # W_m and b_m; the paper's f_w includes the softmax
-
-    def route(self, t: torch.Tensor) -> torch.Tensor:
-        """w [.., 2], fp32. t [.., d]: the state of t_m (ViT: of [cls]) in this layer, normalised as z is"""
-        logits = self.f_w(t).float()  # t_m W_m + b_m
-        return torch.softmax(logits / self.cfg.tau, dim=-1)  # Eq. (3): w = softmax((t_m W_m + b_m) / tau)
+        self.f_w = Router(d, cfg.tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z' [B, T, d]. w = f_w(t_m), see `route`: of each token [B, T, 2] or row [B, 1, 2]"""
+        """z [B, T, d] -> z' [B, T, d]. w = f_w(t_m): one pair per token [B, T, 2], or per row [B, 1, 2]"""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
         router = w_0 * f_a1 + w_1 * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z)) = w_0 f_a1(Z) + w_1 f_a2(Z)
         return z + self.cfg.scale * router  # Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m))
-
-
-def new_adapter(d: int, cfg: AdapterConfig) -> nn.Module:
-    """The adapter that cfg.kind names; ValueError lists the known kinds."""
-    kinds = {"mm": MMAdapter, "rep": RepAdapter}
-    if cfg.dim < 2 or cfg.dim % 2:
-        raise ValueError(f"adapter width {cfg.dim}: expected an even number, because phi_u has two groups")
-    if cfg.kind not in kinds:
-        raise ValueError(f"unknown adapter kind {cfg.kind!r}; known: {', '.join(kinds)}")
-    return kinds[cfg.kind](d, cfg)
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """theta_a of Eq. (4), what trains: adapters, neck and E_m. Their modules' names begin with adapter_."""
+    """theta_a of Eq. (4), the trained parameters: those of the modules whose names begin with adapter_."""
     return {name: p for name, p in model.named_parameters() if "adapter_" in name}
 
 
@@ -154,7 +154,7 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def recompute(f, *args):
-    """f(*args), but autograd keeps only args, and the backward pass runs f again. f must not be random."""
+    """f(*args), to save memory: autograd keeps only args; the backward pass runs f, not random, again."""
     if not torch.is_grad_enabled():
         return f(*args)
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)

@@ -96,14 +96,14 @@ class Block(nn.Module):
         """The input of the attention: normalise, then Eq. (2). Each image is routed by its own [cls].
 
         In the released code, the router reads z[:, 0], but z is [T, N, C]: token i of every image is routed
-        by token i of the batch's first image. With a single image, that is each token's own state. The
-        authors' adapter files were trained so, and when they are loaded, routed_by is "token".
+        by token i of the batch's first image. The authors' adapters were trained like that. When they are
+        loaded, routed_by is "token": each token is routed by its own state, as in a batch with one image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:
             return z
         t = z[:, :1] if self.routed_by == "cls" else z  # [N, 1 or T, C]
-        return self.adapter_attn(z, self.adapter_attn.route(t), dropout_mask)
+        return self.adapter_attn(z, self.adapter_attn.f_w(t), dropout_mask)
 
     def forward(self, x, dropout_mask=None):
         """x [N, T, C]; dropout_mask of the adapter's hidden units, [N, T, r]"""

@@ -49,7 +49,7 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
-        # tokenized as one string, as released. A token with text of prompt and response is no target
+        # tokenized as one string, as released. A token that spans the border belongs to the prompt
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_visual if sample.image else 0, rest, len(prompt))
 
@@ -98,8 +98,8 @@ class Batch(NamedTuple):
 
 def collate(examples: list[Example], image_size: int, normalize: str, image_embeds=None) -> Batch:
     """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
-    ends = np.cumsum([e.length for e in examples])  # in the row. The targets are the last n_targets tokens
-    predict_at = [np.arange(end - e.n_targets, end) - 1 for e, end in zip(examples, ends)]  # the token before
+    ends = np.cumsum([e.length for e in examples])  # a sample's last n_targets tokens are its targets;
+    predict_at = [np.arange(end - e.n_targets, end) - 1 for e, end in zip(examples, ends)]  # one earlier
     joined = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
     batch = Batch(tokens=joined([ids for e in examples for ids in (e.head, e.rest)]),
                   part_lengths=[len(ids) for e in examples for ids in (e.head, e.rest)],
@@ -148,7 +148,7 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens, and so do the micro-batches of a rank: the largest decides
-    the peak memory. Each rank gets as many micro-batches, even empty ones: --shard needs all in each pass.
+    the peak memory. All ranks get the same number of micro-batches, as --shard needs; some may be empty.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)

@@ -1,14 +1,13 @@
 """LaVIN (https://arxiv.org/abs/2305.15023): a frozen LLaMA and a frozen CLIP ViT, and what joins them.
 
-What joins them: modality token (Eq. 1), neck (Eq. 6), input (Eq. 7), training loss (Eq. 5), generation (Eq.
-8), and the adapters of adapters.py. The name of every module that trains begins with `adapter_`.
+The adapters come from adapters.py. The name of every module that is trained begins with `adapter_`.
 
 Precision with CUDA: the frozen models (the base) are stored in bf16, and matrix products and attention run in
-bf16 (`autocast`). Norms, rotary embedding, the routers' softmax and the loss are computed in fp32. Adapters
-are stored in fp32, because bf16 would round small updates away.
+bf16 (`autocast`). Norms, rotary embedding, routers' softmax and loss are computed in fp32. What is trained is
+stored in fp32, because bf16 would round small updates away.
 
-Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, V vocabulary, L LLaMA's layers. In
-Eq. (5), L is the loss.
+Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, V vocabulary, L layers of LLaMA; but
+L of Eq. (5) is the loss.
 """
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 
 import adapters
 import weights
-from adapters import AdapterConfig, MMAdapter, xavier
+from adapters import AdapterConfig, MMAdapter, RepAdapter, xavier
 from clip import VisionTransformer
 from data import Batch
 from llama import KVCache, LLaMA
@@ -56,12 +55,12 @@ class Neck(nn.Module):
 
 
 def negative_log_likelihood(hidden, W, R):
-    """hidden [targets, C], W [V, C], R [targets] token ids -> L, fp32; log p of all tokens, [targets, V].
-    One dimension holds the targets of all samples i and all s, from the first token of R^i to its EOS."""
+    """hidden [targets, C], W [V, C], R [targets], the target ids of all samples i and all s (EOS included).
+    Returns L, fp32, and the log-probabilities of the whole vocabulary, [targets, V]."""
+    # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
     log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)
-    log_p_R = log_p.gather(1, R[:, None])  # log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a) of all i and s
-    L = -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
-    return L, log_p
+    log_p_R = log_p.gather(1, R[:, None])  # one per target: [targets, 1]
+    return -log_p_R.sum(), log_p
 
 
 class Loss(torch.autograd.Function):
@@ -86,13 +85,14 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
+        kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
-            layer.adapter_attn = adapters.new_adapter(llama.cfg.dim, cfg.adapter)
+            layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
         if cfg.adapter.kind == "mm":
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)  # its name in released files
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters even with "rep": Table 2 counts 2.9M, not 2.7
+        if cfg.vision and cfg.vit_adapters:  # MM-Adapters, even with kind "rep": see Table 2's 2.9M
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -118,9 +118,8 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of each sample with an image, [.., n, C]. Of text, the released code encodes a black image.
-
-        With dropout, an image is encoded once per sample, because each has its own mask. A chat keeps X'."""
+        """X' of each sample with an image, [.., n, C]. With dropout, an image is encoded once per sample,
+        because each has its own mask. A chat keeps X'. The released code encodes a black image for text."""
         if batch.image_embeds is not None:
             return batch.image_embeds
         if batch.vit_dropout_mask is None:
@@ -128,13 +127,14 @@ class LaVIN(nn.Module):
         return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.vit_dropout_mask))
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
-        """Z of each sample, [T, C]. Y is cut where X' goes: Y_head is [BOS] "Image: ", Y_rest the rest."""
+        """Z of each sample, [T, C]. Y is cut where X' goes: Y_head is [BOS] "Image: ", Y_rest is the rest."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
         inputs, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # text: empty
-            # as released, X' follows "Image: ". No other token sees t_m: it acts only through w, see `pack`
-            Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y] without t_m, X' inside Y
+            # Eq. (7): Z = [t_m, X', Y]. As in the authors' code, X' stands inside Y. t_m is not in Z, because
+            # no other token sees it (see adapters.py). It acts only through w, see `pack`
+            Z = torch.cat([Y_head, X_prime, Y_rest])
             inputs.append(Z)
         return inputs
 
@@ -153,7 +153,7 @@ class LaVIN(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """L of a micro-batch. train.py divides it by the number of targets in the global batch, so the update
-        does not depend on the split. The released code averages means of micro-batches, so there it does."""
+        does not depend on the split. In the released code it does: it averages the means of micro-batches."""
         hidden, W = self.hidden(batch), self.llama.output.weight
         chunks = zip(hidden.split(LOSS_ROWS), batch.targets.split(LOSS_ROWS))  # less memory than all at once
         return sum(Loss.apply(h, W, R) for h, R in chunks)
@@ -177,11 +177,9 @@ class LaVIN(nn.Module):
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
-        """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy.
-
-        Rows may differ in length and modality. All rows use the same random number in a step, so an answer
-        does not depend on how many others there are. ValueError if a prompt leaves no room in the context.
-        """
+        """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy. In
+        a step, all rows use the same random number, so an answer does not depend on the number of rows.
+        ValueError if a prompt leaves no room in the context."""
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
@@ -190,9 +188,11 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(max_new_tokens):
-            p = torch.softmax(logits, -1)  # Eq. (8): p[R_s] = p(R_s | Z, R_{0:s-1}), factor s of p(R | Z)
-            R_s = pick(p, temperature, top_p, random)  # [B]; at position n + s, after a prompt of n tokens
-            ids = R_s.tolist()
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Each pass computes a factor:
+            # p is the distribution of R_s over the vocabulary
+            p = torch.softmax(logits, -1)  # [B, V]
+            R_s = pick(p, temperature, top_p, random)  # [B]
+            ids = R_s.tolist()  # after a prompt of n tokens, R_s has position n + s
             done = [d or id == eos or n + s >= context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):
                 return

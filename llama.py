@@ -57,7 +57,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged up to LLaMA-3
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # freq itself up to LLaMA-3
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -82,10 +82,10 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of B sequences, with room for answers. k and v: one [B, G, S, D] per layer."""
+    """Keys and values of B sequences: of their prompts, which `prefill` stores, and with room for answers."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
-        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads  # [B, G, S, D]
+        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads  # B, G, S, D
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.tensor(lengths, device=device)  # tokens of each sequence
@@ -98,7 +98,7 @@ class KVCache:
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        self.k[layer][rows, :, positions] = k  # torch puts the indexed dimension first: [tokens, G, D]
+        self.k[layer][rows, :, positions] = k  # a slice lies between the indices: [tokens, G, D]
         self.v[layer][rows, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
@@ -126,15 +126,15 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x):
-        return self.w2(recompute(lambda w1_x, w3_x: F.silu(w1_x) * w3_x, self.w1(x), self.w3(x)))  # see Block
+        return self.w2(recompute(lambda w1_x, w3_x: F.silu(w1_x) * w3_x, self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
 
-    For the backward pass, autograd keeps of each token: x before and after the attention; q, k, v; the output
-    of attention and the log-sum-exp of each head's scores; w1 x and w3 x. A frozen matrix gets no gradient,
-    so its input is not kept. Norms, adapter and silu(w1 x) * w3 x are computed again (`recompute`).
+    For the backward pass, autograd keeps for each token: x before and after `x + attention`; q, k, v; the
+    output of attention and the log-sum-exp of each head's scores; w1 x and w3 x. A frozen matrix gets no
+    gradient, so its input is not kept. Norms, adapter and silu(w1 x) * w3 x are computed again (`recompute`).
     """
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
@@ -164,11 +164,9 @@ class LLaMA(nn.Module):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
-        """Hidden states after the last norm, [1, T, C], of packed sequences x [1, T, C] of these lengths.
-
-        w: [L, 1, T, 2], dropout_mask: [L, 1, T, r]. tiny/make_llm.py passes ids [B, T], a sequence per row.
+        """x [B, T, C] -> hidden states after the last norm, [B, T, C]. LaVIN passes one row (B = 1) of packed
+        sequences. Without lengths, each row is a sequence. w: [L, B, T, 2]; dropout_mask: [L, B, T, r]
         """
-        x = x if x.is_floating_point() else self.tok_embeddings(x)
         lengths = lengths or [x.shape[1]]
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
         attend = lambda layer, q, k, v: packed_attention(q, k, v, lengths)
@@ -219,7 +217,7 @@ class LLaMA(nn.Module):
             return v.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=2)  # [1, M, H, D]
 
         for block in self.layers:  # no dropout here; the released code applies it to t_m, too
-            w = block.adapter_attn.route(block.attention_norm(t))  # [1, M, 2]
+            w = block.adapter_attn.f_w(block.attention_norm(t))  # [1, M, 2]
             t = block(t, rope, attend, w)
             routing_weights.append(w[0])
         return torch.stack(routing_weights)

@@ -108,21 +108,19 @@ def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.o
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)
 
 
-def flat_gradients(theta_a: dict[str, torch.nn.Parameter], device) -> torch.Tensor:
-    """One buffer for all gradients and, as its last number, the loss. Each p.grad becomes a view into it, and
-    backward adds to these views. So one all-reduce sums everything over the ranks."""
-    sizes = [p.numel() for p in theta_a.values()]
-    buffer = torch.zeros(sum(sizes) + 1, device=device)
-    for p, g in zip(theta_a.values(), buffer[:-1].split(sizes)):
-        p.grad = g.view_as(p)
-    return buffer
+def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over all ranks, with a single all-reduce."""
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
+        x.copy_(total.view_as(x))
 
 
 MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normalize format captions max_len "
               "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
 
 
-def identity(cfg: Config, dtype, model: LaVIN, examples: list[data.Example]) -> dict:
+def must_match(cfg: Config, dtype, model: LaVIN, examples: list[data.Example]) -> dict:
     """What --resume compares with the run that it continues; folders, machine and logging may change."""
     tokens = hashlib.sha256()
     for e in examples:
@@ -179,17 +177,17 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
     total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
-    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
     theta_a = trainable(model)
+    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))  # to print it
     say(f"{sum(p.numel() for p in theta_a.values()):,} trainable parameters on {device} in {dtype}; "
         f"{total} steps, {dataset.per_epoch} per epoch, {warmup} for warm-up; {accumulation} accumulation x "
         f"{ranks} processes x {cfg.batch_size / accumulation / ranks:g} = {cfg.batch_size} samples; "
         f"peak lr {peak_lr:.2e}"
         + ("; sharded, so without a test" if cfg.shard else ""))
-    buffer = flat_gradients(theta_a, device)
-    gradients, loss_sum = buffer[:-1], buffer[-1]
     optimizer = optimizer_for(theta_a, cfg)
-    run = identity(cfg, dtype, model, dataset.examples)
+    for p in theta_a.values():
+        p.grad = torch.zeros_like(p)
+    run = must_match(cfg, dtype, model, dataset.examples)
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, run) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
@@ -198,25 +196,24 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
-        buffer.zero_()
+        optimizer.zero_grad(set_to_none=False)  # zeros: without images, the ViT's adapters get none
+        loss = torch.zeros((), device=device)
         for batch in micro_batches:
             with model.autocast():
-                L = model(batch.to(device)) / n_targets  # a share of Eq. (5), as a mean over the targets
-            L.backward()
-            loss_sum += L.detach()
+                L = model(batch.to(device))  # Eq. (5), summed over this micro-batch
+            (L / n_targets).backward()  # n_targets: of the global batch, so the step follows the mean of all
+            loss += L.detach() / n_targets
         if ranks > 1:
-            dist.all_reduce(buffer)  # sum
-        squared_norm = gradients.square().sum()
-        if cfg.clip_grad:
-            gradients.mul_((cfg.clip_grad / squared_norm.sqrt()).clamp(max=1))
+            sum_over_ranks([loss, *(p.grad for p in theta_a.values())])
+        norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # changes theta_a alone
+        optimizer.step()
 
         done = step + 1
         if is_main:
             tokens = sum(dataset.lengths[i] for i in dataset.chosen(step))
-            log.step(torch.stack([loss_sum, squared_norm]), tokens)
+            log.step(torch.stack([loss, norm]), tokens)
         to_save = done % cfg.save_every == 0 or done == stop
         if is_main and (to_save or done % cfg.log_every == 0):
             losses = log.flush(done, optimizer.param_groups[0]["lr"], device)  # prints a line

@@ -1,5 +1,4 @@
 """Equations (1) to (8) of LaVIN (https://arxiv.org/abs/2305.15023), computed on the tiny model.
-
 Run it, or its `# %%` cells as a notebook. It stops if a value is not that of tests/naive.py within 1e-4."""
 import inspect
 import textwrap
@@ -12,7 +11,7 @@ import clip
 import lavin
 import llama
 import train
-from adapters import MMAdapter, fold, trainable
+from adapters import MMAdapter, Router, fold, trainable
 from data import Sample, collate, encode
 from lavin import IMAGE, LaVIN, Neck
 from official.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ def equation(n: int, title: str, *functions) -> None:
     """Print the line of each function with the tag of Eq. (n); if it is a comment, with the code below it."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
-        lines = inspect.getsource(f).splitlines()
+        lines = [*inspect.getsource(f).splitlines(), ""]
         i = next(i for i, line in enumerate(lines) if f"# Eq. ({n}):" in line)
         end = lines.index("", i) if lines[i].strip().startswith("#") else i + 1
         print(f"in {f.__qualname__}:\n" + textwrap.indent(textwrap.dedent("\n".join(lines[i:end])), "    "))
@@ -54,8 +53,8 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor, the first four numbers are shown;\n"
-      "below them, the same four as computed by tests/naive.py in numpy.")
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor, the first four numbers are shown,\n"
+      "and below them those of tests/naive.py: other code, in numpy, where t_m is a token of the sequence.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -69,30 +68,32 @@ Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
 check("Z'", "T C", layer.adapter_attn(Z, w[0, IMAGE]), naive.mm_adapter(Z.numpy(), naive_asked.w[0], p, s=1))
 bare, vit = llama.LLaMA.from_pretrained("tiny/llama"), clip.VisionTransformer.from_pretrained("tiny/clip")
-before = bare(batch.tokens[None]), vit(batch.images)
+x = bare.tok_embeddings(batch.tokens[None])  # of the text, [1, T, C]
+before = bare(x), vit(batch.images)
 untrained = LaVIN(bare, vit, model.cfg)  # puts new adapters into bare and vit
 image_w = untrained.routing_weights()[:, IMAGE, None, None]  # [layer, 1, 1, 2]: for every row and token
-after = bare(batch.tokens[None], image_w), vit(batch.images)
+after = bare(x, image_w), vit(batch.images)
 print("Untrained adapters change no bit of what LLaMA and ViT return:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
-equation(3, "the router", MMAdapter.route, MMAdapter.forward)
+equation(3, "the router", Router.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
 print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau 10 and {} at tau 1.".format(
     *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3)))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
-w_vit, tau = [], model.cfg.adapter.tau  # w_vit: of each block, [image, 1, (w_0, w_1)]
-for block in model.vit.transformer.resblocks:  # f_w returns [cls] W_m + b_m; the hook keeps the softmax
-    block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, out: w_vit.append((out / tau).softmax(-1)))
+w_vit = []  # of each block, [image, 1, (w_0, w_1)]
+for block in model.vit.transformer.resblocks:
+    block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT: the demo image; red and blue exchanged. In block 0, no [cls] has attended to a patch.",
+print("w_0 in the ViT, for the demo image and for the same with red and blue exchanged. In block 0, it is\n"
+      "the same for all images, because [cls] has not yet attended to the patches.",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train)
-print("The gradient reaches even the ViT's first adapter. Check: add one number e to all entries of its\n"
-      "phi_d.bias. Autograd and a finite difference give the same dL/de. (L: as below, wrong response.)")
+print("The gradient reaches even the ViT's first adapter. To check it, add one number e to all entries of\n"
+      "its phi_d.bias. L is the loss, Eq. (5), of the response 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
@@ -108,7 +109,7 @@ print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, 
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, f"the loss of two responses\n{RED}\nThe answer is B. (wrong)", lavin.negative_log_likelihood)
+equation(5, f"the loss, of two responses\n{RED}\nThe answer is B.", lavin.negative_log_likelihood)
 there = [-x.log_p.sum() for x in (naive_right, naive_wrong)]
 check("L", "response", [model(right_batch), model(wrong_batch)], there)
 
@@ -124,15 +125,14 @@ for what, e in ("image", asked), ("text", text):
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation. p(R_s | ..): the entry of p for the token R_s, here the largest", LaVIN.stream)
+equation(8, "generation. p(R_s | ..) is the entry of p for the token R_s, here the largest", LaVIN.stream)
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
 check("p(R_s | ..)", "s", p_R, np.exp(naive_right.log_p))
 print(textwrap.fill(" ".join(f"{tokenizer.decode([t]) or '[EOS]'}:{x:.4f}" for t, x in zip(answer, p_R)), 96))
 other = model.generate(batch._replace(images=exchanged[None]), 40, tokenizer.eos, temperature=0)[0]
-print(f"p(R | Z) = {np.prod(p_R):.4f} = exp(-L), L of Eq. (5). With red and blue exchanged in the image:\n"
-      f"{tokenizer.decode(other)}")
+print(f"p(R | Z) = {np.prod(p_R):.4f} = exp(-L). If red and blue are exchanged:\n{tokenizer.decode(other)}")
 
 # %% The attention of LLaMA's last layer: where does the token that predicts "red" find the color? Folding.
 with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attention) as attention:
@@ -142,8 +142,8 @@ words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visual)), *words(right.rest)]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
-print("\nWith the first image, the model predicts 'red' after 'On the left is a big'. What the token 'big'\n"
-      "attends to in the last layer of LLaMA, mostly X'_4 (mean of the heads, above 0.01):",
+print("\nWith the first image, the model predicts 'red' after 'On the left is a big'. In the last layer,\n"
+      "'big' attends mostly to X'_4. These are all weights above 0.01, averaged over the heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges each adapter of LLaMA into wq, wk and wv. It leaves q, the output of wq, as it was:")
 W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])

@@ -37,7 +37,7 @@ class Log:
         self.since, self.values, self.tokens = self.started, [], 0
 
     def step(self, values: torch.Tensor, tokens: int) -> None:
-        """values [2]: the step's loss and its squared gradient norm"""
+        """values [2]: the step's loss and its gradient norm"""
         self.values.append(values)
         self.tokens += tokens
 
@@ -46,7 +46,7 @@ class Log:
         losses, norms = torch.stack(self.values).cpu().unbind(1)
         now = time.time()
         row = {"step": step, "loss": round(losses.mean().item(), 4), "lr": round(lr, 6),
-               "grad_norm": round(norms[-1].sqrt().item(), 4),
+               "grad_norm": round(norms[-1].item(), 4),
                "tokens_per_s": round(self.tokens / (now - self.since)),
                "eta": clock((now - self.started) / (step - self.first) * (self.total - step))}
         if device.type == "cuda":

@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 
 import data
-from adapters import new_adapter
 from lavin import IMAGE, LaVIN
 from speed.compiling import compile_step
 from speed.machine import bandwidth, bytes_per_token
@@ -36,7 +35,7 @@ def bare(model: LaVIN) -> FoldedLaVIN:
     """The model without adapters in LLaMA. Untrained ones take their place: merged, they change no weight."""
     model = share(model)
     for layer in model.llama.layers:
-        layer.adapter_attn = new_adapter(model.llama.cfg.dim, model.cfg.adapter).to(model.device)
+        layer.adapter_attn = type(layer.adapter_attn)(model.llama.cfg.dim, model.cfg.adapter).to(model.device)
     return FoldedLaVIN(model, IMAGE)
 
 

@@ -144,3 +144,8 @@ def needs_caption_tools() -> None:
         scores.caption_tools()
     except ValueError as e:
         pytest.skip(str(e))
+
+
+def hidden_of(llama, ids, w=None) -> torch.Tensor:
+    """LLaMA's hidden states for token ids [B, T], each row a sequence."""
+    return llama(llama.tok_embeddings(ids), w)

@@ -14,7 +14,16 @@ import numpy as np
 import published
 import pytest
 import torch
-from conftest import ROOT, ROWS, TWO_PROCESSES, make_batch, make_lavin, needs_caption_tools, one_line
+from conftest import (
+    ROOT,
+    ROWS,
+    TWO_PROCESSES,
+    hidden_of,
+    make_batch,
+    make_lavin,
+    needs_caption_tools,
+    one_line,
+)
 
 import data
 import evaluate
@@ -177,7 +186,7 @@ def test_truthfulqa_equals_a_naive_recomputation(run, world, tmp_path, folded):
             head = [1] + tokenizer.encode("Image: N/A")
             ids, n = head + tokenizer.encode(asked + answer), len(head) + len(tokenizer.encode(asked))
             with torch.no_grad():
-                logits = model.llama.output(model.llama(torch.tensor([ids])))[0].double().numpy()
+                logits = model.llama.output(hidden_of(model.llama, torch.tensor([ids])))[0].double().numpy()
             logp = [np.log(naive.softmax(logits[t - 1])[ids[t]]) for t in range(n, len(ids))]
             assert len(logp) > 0 and written[str(i)][answer] == pytest.approx(sum(logp), rel=1e-5)
             p[answer] = math.exp(sum(logp))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLIP, LLAMA, ROOT, ROWS, all_logits, close, make_batch, one_line, run_main
+from conftest import CLIP, LLAMA, ROOT, ROWS, all_logits, close, hidden_of, make_batch, one_line, run_main
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
@@ -154,7 +154,7 @@ def test_lora_equals_peft():
             for x, y in (a.attention.wq, b.attention.wq), (a.attention.wv, b.attention.wv):
                 x.adapter_A.copy_(y.lora_A["default"].weight), x.adapter_B.copy_(y.lora_B["default"].weight)
     tokens = torch.tensor([[1, 7, 5, 9, 11]])
-    assert close(ours.llama(tokens), theirs(tokens))
+    assert close(hidden_of(ours.llama, tokens), hidden_of(theirs, tokens))
     tiny = LLaMA.from_pretrained(ROOT / "tiny/llama")
     assert count_of_peft(r, ROOT / "tiny/llama") == len(tiny.layers) * 2 * 2 * r * tiny.cfg.dim
 

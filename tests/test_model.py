@@ -8,10 +8,21 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLIP, GROUPED, LLAMA, ROWS, all_logits, close, make_batch, make_lavin, masks, randomize
+from conftest import (
+    CLIP,
+    GROUPED,
+    LLAMA,
+    ROWS,
+    all_logits,
+    close,
+    hidden_of,
+    make_batch,
+    make_lavin,
+    masks,
+    randomize,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import adapters
 import clip
 import lavin as lavin_module
 import llama
@@ -72,11 +83,11 @@ def test_identity_at_init(kind):
     base, vit = LLaMA(LLAMA), VisionTransformer(CLIP)
     randomize(base), randomize(vit)
     ids, images = torch.randint(0, LLAMA.vocab_size, (3, 9)), torch.randn(2, 3, 16, 16)
-    bare, bare_cls = base.output(base(ids)), vit(images)
+    bare, bare_cls = base.output(hidden_of(base, ids)), vit(images)
     model = LaVIN(base, vit, LaVINConfig(AdapterConfig(kind))).eval()
     w = model.routing_weights()
     w = None if w is None else w[:, [0, 1, 0], None]
-    assert torch.equal(model.llama.output(model.llama(ids, w)), bare)
+    assert torch.equal(model.llama.output(hidden_of(model.llama, ids, w)), bare)
     assert torch.equal(model.vit(images), bare_cls)
 
 
@@ -90,7 +101,7 @@ def test_no_numbers_that_apple_gpus_lack(lavin):
 
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match="known: mm, rep"):
-        adapters.new_adapter(8, AdapterConfig("nonesuch"))
+        AdapterConfig("nonesuch")
 
 
 def test_cached_equals_uncached_with_ragged_prompts_and_both_modalities(lavin):

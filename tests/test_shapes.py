@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", reason="needs transformers; see requirements-dev.txt")
 
-from conftest import ROOT, close, one_line, randomize
+from conftest import ROOT, close, hidden_of, one_line, randomize
 from weights_on_disk import write_meta
 
 import train
@@ -110,10 +110,10 @@ def test_every_layout_gives_the_same_bits(tmp_path, name):
             write_meta(tmp_path / f"meta{n}", base, n)
             model = LLaMA.from_pretrained(tmp_path / f"meta{n}")
             assert dataclasses.asdict(model.cfg) == dataclasses.asdict(base.cfg)
-            assert torch.equal(model.output(model(tokens)), base.output(base(tokens)))
+            assert torch.equal(model.output(hidden_of(model, tokens)), base.output(hidden_of(base, tokens)))
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"pieces")
     weights.convert(tmp_path / "hf", tmp_path / "again")
-    assert torch.equal(LLaMA.from_pretrained(tmp_path / "again")(tokens), base(tokens))
+    assert torch.equal(hidden_of(LLaMA.from_pretrained(tmp_path / "again"), tokens), hidden_of(base, tokens))
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(tokens).logits, reference(tokens).logits)
 
@@ -155,9 +155,9 @@ def test_scaled_frequencies_of_the_real_sizes(factor, D):
 def test_the_scaling_matters_within_the_tokens_tested(tmp_path):
     save_llama(tmp_path, "Llama-3.2-1B")
     model, tokens = LLaMA.from_pretrained(tmp_path), torch.randint(0, 61, (1, 50))
-    scaled = model(tokens)
+    scaled = hidden_of(model, tokens)
     model.cfg.rope_scaling = None
-    assert not close(model(tokens), scaled, 1e-2)
+    assert not close(hidden_of(model, tokens), scaled, 1e-2)
 
 
 def test_early_files_say_type_and_keep_theta_at_the_top(tmp_path):
