@@ -27,7 +27,7 @@ of phi_u1 is a sum over the samples, each weighted by its w_0; that of phi_u2 is
 w_1. E_m starts at random, so w differs between text and images, and the two sums have different directions.
 In the ViT, w varies little from image to image, and the two phi_u stay similar.
 
-Shapes: B rows (1 in LLaMA's training, where samples are packed), T tokens, d width, r hidden units (8).
+Shapes: B rows (in training, all samples lie end to end in one row), T tokens, d width, r hidden units (8).
 """
 from dataclasses import dataclass
 
@@ -74,8 +74,8 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r] is False where a unit is dropped. data.py draws it with the batch (None: no dropout),
-    because the backward pass computes the adapter a second time and must drop the same units."""
+    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch,
+    because the backward pass computes the adapter again, to save memory, and must drop the same units."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -93,15 +93,15 @@ class RepAdapter(nn.Module):
         return z + self.cfg.scale * self.phi_u(h)  # the released code returns phi_u(h) alone
 
 
-class Router(nn.Linear):
-    """f_w. Its weight is W_m, its bias b_m."""
+class RoutingWeights(nn.Linear):
+    """f_w. Its weight is W_m, its bias b_m. The ViT passes [cls] in the place of t_m."""
 
     def __init__(self, d: int, tau: float):
         super().__init__(d, 2)
         self.tau = tau
 
     def forward(self, t_m: torch.Tensor) -> torch.Tensor:
-        """t_m [.., d] -> w [.., 2], fp32. t_m is its state in this layer, after the same norm as z."""
+        """t_m [.., d] -> w [.., 2], fp32. t_m: its hidden state in this layer, normalised like z"""
         logits = super().forward(t_m).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.tau, -1)  # Eq. (3): f_w(t_m) = softmax((t_m W_m + b_m) / tau)
 
@@ -114,7 +114,7 @@ class MMAdapter(nn.Module):
         self.cfg, r = cfg, cfg.dim
         self.phi_d = xavier(nn.Linear(d, r))
         self.phi_u1, self.phi_u2 = GroupedLinear(r, d), GroupedLinear(r, d)
-        self.f_w = Router(d, cfg.tau)
+        self.f_w = RoutingWeights(d, cfg.tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
         """z [B, T, d] -> z' [B, T, d]. w = f_w(t_m): one pair per token [B, T, 2], or per row [B, 1, 2]"""
@@ -143,7 +143,7 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """theta_a of Eq. (4), the trained parameters: those of the modules whose names begin with adapter_."""
+    """theta_a of Eq. (4), what is trained: all parameters with adapter_ in their name."""
     return {name: p for name, p in model.named_parameters() if "adapter_" in name}
 
 
@@ -154,7 +154,7 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def recompute(f, *args):
-    """f(*args), to save memory: autograd keeps only args; the backward pass runs f, not random, again."""
+    """f(*args), but autograd keeps only args. The backward pass runs f again, so f must not be random."""
     if not torch.is_grad_enabled():
         return f(*args)
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)

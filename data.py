@@ -1,4 +1,4 @@
-"""From samples (prompts.py) to token ids, batches, their order in training, and dropout's masks.
+"""Turns samples (prompts.py) into token ids and batches, shuffles them, and draws dropout's masks.
 
 A ScienceQA problem with an image, in the format QCM-ALE (Question, Context, Multiple choice - Answer,
 Lecture, Explanation):
@@ -45,11 +45,11 @@ class Example:
 
 
 def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
-    """Token ids of head, prompt, response and EOS, or of head and prompt if the response is empty."""
+    """Token ids of head, prompt, response, EOS, or of head and prompt if there is no response. As released,
+    the last three are one string; the targets begin after as many tokens as the prompt alone has."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
-        # tokenized as one string, as released. A token that spans the border belongs to the prompt
         rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
     return Example(sample, head, n_visual if sample.image else 0, rest, len(prompt))
 
@@ -98,8 +98,9 @@ class Batch(NamedTuple):
 
 def collate(examples: list[Example], image_size: int, normalize: str, image_embeds=None) -> Batch:
     """Examples -> Batch. Images are decoded here, so in training a DataLoader's worker does it."""
-    ends = np.cumsum([e.length for e in examples])  # a sample's last n_targets tokens are its targets;
-    predict_at = [np.arange(end - e.n_targets, end) - 1 for e, end in zip(examples, ends)]  # one earlier
+    ends = np.cumsum([e.length for e in examples])
+    # the last n_targets tokens of a sample are its targets; each is predicted one position earlier
+    predict_at = [np.arange(end - e.n_targets, end) - 1 for e, end in zip(examples, ends)]
     joined = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
     batch = Batch(tokens=joined([ids for e in examples for ids in (e.head, e.rest)]),
                   part_lengths=[len(ids) for e in examples for ids in (e.head, e.rest)],
@@ -115,8 +116,7 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
 
 
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks with the batch, from a seed per sample. So a sample's mask does not depend on how
-    the batch is split, and it is still there when the backward pass computes the adapters again."""
+    """Draws dropout's masks, from a seed per sample, so that they do not depend on how the batch is split."""
     p: float
     r: int  # hidden units of an adapter
     layers: int  # of LLaMA

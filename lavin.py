@@ -27,7 +27,6 @@ from llama import KVCache, LLaMA
 from official.adapter_files import fill, write_adapters
 
 TEXT, IMAGE = 0, 1  # rows of the modality embedding
-LOSS_ROWS = 256  # targets per chunk of the loss
 
 
 @dataclass
@@ -54,30 +53,14 @@ class Neck(nn.Module):
         return self.W_u(F.silu(self.W_d(X)))  # Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 
 
-def negative_log_likelihood(hidden, W, R):
-    """hidden [targets, C], W [V, C], R [targets], the target ids of all samples i and all s (EOS included).
-    Returns L, fp32, and the log-probabilities of the whole vocabulary, [targets, V]."""
+def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """hidden [targets, C]: LLaMA's last hidden states, where a target is predicted. W [V, C]: LLaMA's
+    output matrix. R [targets]: ids of the targets, of all samples i and all s, EOS included. Returns L, fp32.
+    """
     # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
-    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)
-    log_p_R = log_p.gather(1, R[:, None])  # one per target: [targets, 1]
-    return -log_p_R.sum(), log_p
-
-
-class Loss(torch.autograd.Function):
-    """L, with the gradient that autograd would compute. Only to save memory: the gradient is computed in the
-    forward pass already, so log_p, the largest tensor of training, need not be kept."""
-
-    @staticmethod
-    def forward(ctx, hidden, W, R):
-        L, log_p = negative_log_likelihood(hidden, W, R)
-        dL_dlogits = log_p.exp_()  # the gradient is p, and at the target p - 1
-        dL_dlogits[torch.arange(len(R), device=R.device), R] -= 1
-        ctx.save_for_backward((dL_dlogits.type_as(W) @ W).type_as(hidden))  # dL_dhidden
-        return L
-
-    @staticmethod
-    def backward(ctx, dL):
-        return dL * ctx.saved_tensors[0], None, None  # none for W, which is frozen
+    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
+    log_p_R = log_p.gather(1, R[:, None])  # [targets, 1]
+    return -log_p_R.sum()
 
 
 class LaVIN(nn.Module):
@@ -85,6 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
+        self.loss = negative_log_likelihood  # train.py replaces it by speed/chunked_loss.py, to save memory
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -92,7 +76,8 @@ class LaVIN(nn.Module):
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)  # its name in released files
-        if cfg.vision and cfg.vit_adapters:  # MM-Adapters, even with kind "rep": see Table 2's 2.9M
+        if cfg.vision and cfg.vit_adapters:
+            # MM-Adapters even if LLaMA has plain ones: only then are there 2.9M in the fourth row of Table 2
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -118,22 +103,25 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
-        """X' of each sample with an image, [.., n, C]. With dropout, an image is encoded once per sample,
-        because each has its own mask. A chat keeps X'. The released code encodes a black image for text."""
-        if batch.image_embeds is not None:
+        """X' of each sample with an image, [.., n, C]. For text, the released code encodes a black image."""
+        if batch.image_embeds is not None:  # in a chat, X' is known from the first turn
             return batch.image_embeds
-        if batch.vit_dropout_mask is None:
+        if batch.vit_dropout_mask is None:  # each distinct image once
             return self.adapter_proj(self.vit(batch.images))[batch.image_index]
+        # once for each sample, because each has its own mask
         return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.vit_dropout_mask))
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
-        """Z of each sample, [T, C]. Y is cut where X' goes: Y_head is [BOS] "Image: ", Y_rest is the rest."""
+        """Z of each sample, [T, C]. Y is cut where X' goes: Y_head is [BOS] "Image: ", Y_rest is the prompt
+        and, in training, the response.
+        """
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
-        inputs, image_embeds = [], iter(self.encode_images(batch) if IMAGE in batch.modality else ())
+        inputs = []
+        image_embeds = iter(self.encode_images(batch) if IMAGE in batch.modality else ())  # [n, C] each
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
+            # Eq. (7): Z = [t_m, X', Y]. As in the authors' code, X' stands inside Y. t_m is left out, because
+            # no other token sees it (see adapters.py): it acts only through the routing weights, see `pack`
             X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # text: empty
-            # Eq. (7): Z = [t_m, X', Y]. As in the authors' code, X' stands inside Y. t_m is not in Z, because
-            # no other token sees it (see adapters.py). It acts only through w, see `pack`
             Z = torch.cat([Y_head, X_prime, Y_rest])
             inputs.append(Z)
         return inputs
@@ -153,10 +141,9 @@ class LaVIN(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """L of a micro-batch. train.py divides it by the number of targets in the global batch, so the update
-        does not depend on the split. In the released code it does: it averages the means of micro-batches."""
-        hidden, W = self.hidden(batch), self.llama.output.weight
-        chunks = zip(hidden.split(LOSS_ROWS), batch.targets.split(LOSS_ROWS))  # less memory than all at once
-        return sum(Loss.apply(h, W, R) for h, R in chunks)
+        does not depend on how the batch is split. (The released code averages the means of micro-batches, so
+        there the update depends on it.)"""
+        return self.loss(self.hidden(batch), self.llama.output.weight, batch.targets)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
         """Read the prompts -> logits [B, V] of the next token, a cache with room for more, w [L, B, 1, 2]"""
@@ -177,9 +164,10 @@ class LaVIN(nn.Module):
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
-        """Yield one token per row and step; None for a row that has reached EOS. temperature 0 is greedy. In
-        a step, all rows use the same random number, so an answer does not depend on the number of rows.
-        ValueError if a prompt leaves no room in the context."""
+        """Yield one token per prompt and step; None where the answer has ended. temperature 0 is greedy. In a
+        step, all answers use the same random number, so none depends on how many others there are.
+        ValueError if a prompt leaves no room in the context.
+        """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
@@ -187,17 +175,19 @@ class LaVIN(nn.Module):
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
-        for s in range(max_new_tokens):
+        for s in range(1, max_new_tokens + 1):
             # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Each pass computes a factor:
             # p is the distribution of R_s over the vocabulary
             p = torch.softmax(logits, -1)  # [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
-            ids = R_s.tolist()  # after a prompt of n tokens, R_s has position n + s
-            done = [d or id == eos or n + s >= context for d, id, n in zip(done, ids, batch.lengths)]
+            ids = R_s.tolist()
+            # an answer ends with EOS, or when prompt (n tokens) and answer fill the context
+            done = [d or id == eos or n + s > context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):
                 return
             yield [None if d else id for d, id in zip(done, ids)]
-            logits = self.decode(w, R_s, cache)
+            if s < max_new_tokens:
+                logits = self.decode(w, R_s, cache)
 
     def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""
@@ -218,7 +208,7 @@ def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Genera
     p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
-    u = torch.rand((), generator=random).item()
+    u = torch.rand((), generator=random).item()  # one for all rows, which torch.multinomial could not do
     # the first token whose cumulative p exceeds u times the total
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]

@@ -57,7 +57,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # freq itself up to LLaMA-3
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # = freq before LLaMA-3.1
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -98,7 +98,8 @@ class KVCache:
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        self.k[layer][rows, :, positions] = k  # a slice lies between the indices: [tokens, G, D]
+        # a slice between two index tensors: torch puts the tokens first, so the left side is [tokens, G, D]
+        self.k[layer][rows, :, positions] = k
         self.v[layer][rows, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
@@ -126,7 +127,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x):
-        return self.w2(recompute(lambda w1_x, w3_x: F.silu(w1_x) * w3_x, self.w1(x), self.w3(x)))
+        gate = lambda w1_x, w3_x: F.silu(w1_x) * w3_x
+        return self.w2(recompute(gate, self.w1(x), self.w3(x)))  # `gate` runs again in the backward pass
 
 
 class Block(nn.Module):
@@ -134,8 +136,7 @@ class Block(nn.Module):
 
     For the backward pass, autograd keeps for each token: x before and after `x + attention`; q, k, v; the
     output of attention and the log-sum-exp of each head's scores; w1 x and w3 x. A frozen matrix gets no
-    gradient, so its input is not kept. Norms, adapter and silu(w1 x) * w3 x are computed again (`recompute`).
-    """
+    gradient, so its input is not kept. Norms, adapter and silu(w1 x) * w3 x are computed again."""
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
@@ -150,14 +151,16 @@ class Block(nn.Module):
 
     def forward(self, x, rope, attend, w=None, dropout_mask=None):
         """x [B, T, C]; w: this layer's routing weights; w and dropout_mask may be None"""
-        x = x + self.attention(recompute(self.adapted, x, w, dropout_mask), rope, attend)
+        z = recompute(self.adapted, x, w, dropout_mask)
+        x = x + self.attention(z, rope, attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
 
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg, self.recompute_blocks = cfg, False  # True (--checkpoint): keep only each block's x
+        self.cfg = cfg
+        self.recompute_blocks = False  # True with --checkpoint: autograd keeps only the input of each block
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -165,8 +168,7 @@ class LLaMA(nn.Module):
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
         """x [B, T, C] -> hidden states after the last norm, [B, T, C]. LaVIN passes one row (B = 1) of packed
-        sequences. Without lengths, each row is a sequence. w: [L, B, T, 2]; dropout_mask: [L, B, T, r]
-        """
+        sequences. Without lengths, each row is a sequence. w: [L, B, T, 2]; dropout_mask: [L, B, T, r]"""
         lengths = lengths or [x.shape[1]]
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
         attend = lambda layer, q, k, v: packed_attention(q, k, v, lengths)

@@ -115,7 +115,7 @@ def main() -> None:
     if cfg.compile and cfg.bits == 4:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
-    Meter.prepare(device)  # measures what the memory allows
+    Meter.prepare(device)  # measures the memory's bandwidth, which limits the tokens per second
     started = time.time()
     after_read = nf4.after_read(cfg.bits)  # a function that quantises, or None if --bits is 16
     model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
@@ -126,8 +126,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # FoldedLaVIN, a subclass in speed/step.py: LLaMA's adapters are merged into wq, wk, wv for each modality
-    # (adapters.fold), and `decode` is faster for a single row. With --bits 4, the model stays as it is
+    # the same model, but faster: LLaMA's adapters are merged into wq, wk, wv, see adapters.fold and
+    # speed/step.FoldedLaVIN. With --bits 4, nothing is merged
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step

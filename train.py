@@ -34,7 +34,7 @@ from llama import LLaMA
 from official.adapter_files import load_checkpoint, write_checkpoint
 from official.saving import lock_folder
 from official.tokenizer import Tokenizer
-from speed import nf4, price, shard
+from speed import chunked_loss, nf4, price, shard
 
 SMALL_WORLD = "tiny/data"
 
@@ -88,9 +88,9 @@ class Config:
 
 
 RECIPES = {"tiny": {}, "paper": dict(
-    # from the paper; so are the defaults above of adapter_dim, tau, batch_size and weight_decay
+    # from the paper, which also gives the defaults above of adapter_dim, tau, batch_size and weight_decay
     epochs=20.0, lr=9e-3,
-    # from the released code, where the paper is silent; so are the defaults of scale and beta2
+    # from the released code, because the paper does not say; it also gives the defaults of scale and beta2
     format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, warmup=2.0, micro_batch=4,
     max_new_tokens=256)}
 
@@ -121,7 +121,7 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
 
 
 def must_match(cfg: Config, dtype, model: LaVIN, examples: list[data.Example]) -> dict:
-    """What --resume compares with the run that it continues; folders, machine and logging may change."""
+    """--resume refuses to go on if one of these differs. Folders, machine and logging may change."""
     tokens = hashlib.sha256()
     for e in examples:
         image = e.sample.image.name if e.sample.image else ""
@@ -144,6 +144,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     torch.manual_seed(cfg.seed)  # every rank starts with the same adapters
     adapter = AdapterConfig(cfg.adapter, cfg.adapter_dim, cfg.scale, cfg.tau, cfg.dropout)
     model = LaVIN(llama, vit, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters, normalize=cfg.normalize))
+    model.loss = chunked_loss.negative_log_likelihood
     return model.to(device), tokenizer
 
 
@@ -186,7 +187,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         + ("; sharded, so without a test" if cfg.shard else ""))
     optimizer = optimizer_for(theta_a, cfg)
     for p in theta_a.values():
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p)  # never None: without images, the ViT's adapters get no gradient
     run = must_match(cfg, dtype, model, dataset.examples)
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, run) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
@@ -196,16 +197,16 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
-        optimizer.zero_grad(set_to_none=False)  # zeros: without images, the ViT's adapters get none
+        optimizer.zero_grad(set_to_none=False)
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             with model.autocast():
                 L = model(batch.to(device))  # Eq. (5), summed over this micro-batch
-            (L / n_targets).backward()  # n_targets: of the global batch, so the step follows the mean of all
+            (L / n_targets).backward()  # n_targets: of the whole batch, so the gradients add up to the mean's
             loss += L.detach() / n_targets
         if ranks > 1:
             sum_over_ranks([loss, *(p.grad for p in theta_a.values())])
-        norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)  # inf: no clipping
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
         optimizer.step()

@@ -11,7 +11,7 @@ import clip
 import lavin
 import llama
 import train
-from adapters import MMAdapter, Router, fold, trainable
+from adapters import MMAdapter, RoutingWeights, fold, trainable
 from data import Sample, collate, encode
 from lavin import IMAGE, LaVIN, Neck
 from official.tokenizer import Tokenizer
@@ -19,14 +19,14 @@ from tests import naive
 
 
 # %% Two helpers: show the code of an equation, compare two values
-def equation(n: int, title: str, *functions) -> None:
-    """Print the line of each function with the tag of Eq. (n); if it is a comment, with the code below it."""
+def equation(n: int, title: str, *functions, below: tuple = ()) -> None:
+    """Print the line of each function with the tag of Eq. (n), and those below it with a word of `below`."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
-        lines = [*inspect.getsource(f).splitlines(), ""]
+        lines = inspect.getsource(f).splitlines()
         i = next(i for i, line in enumerate(lines) if f"# Eq. ({n}):" in line)
-        end = lines.index("", i) if lines[i].strip().startswith("#") else i + 1
-        print(f"in {f.__qualname__}:\n" + textwrap.indent(textwrap.dedent("\n".join(lines[i:end])), "    "))
+        code = [lines[i], *(line for line in lines[i + 1:] if any(word in line for word in below))]
+        print(f"in {f.__qualname__}:", *(line.strip() for line in code), sep="\n    ")
 
 def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
     """Print two values of the same thing and their largest difference; stop if it exceeds 1e-4."""
@@ -76,7 +76,7 @@ after = bare(x, image_w), vit(batch.images)
 print("Untrained adapters change no bit of what LLaMA and ViT return:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
-equation(3, "the router", Router.forward, MMAdapter.forward)
+equation(3, "the router", RoutingWeights.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
 print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau 10 and {} at tau 1.".format(
     *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3)))
@@ -91,7 +91,7 @@ print("w_0 in the ViT, for the demo image and for the same with red and blue exc
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "training", train.train)
+equation(4, "training", train.train, below=("L = model", "backward", "optimizer.step"))
 print("The gradient reaches even the ViT's first adapter. To check it, add one number e to all entries of\n"
       "its phi_d.bias. L is the loss, Eq. (5), of the response 'The answer is B.'")
 with torch.enable_grad():
@@ -109,30 +109,30 @@ print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, 
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, f"the loss, of two responses\n{RED}\nThe answer is B.", lavin.negative_log_likelihood)
-there = [-x.log_p.sum() for x in (naive_right, naive_wrong)]
-check("L", "response", [model(right_batch), model(wrong_batch)], there)
+equation(5, f"the loss\n{RED}\nThe answer is B. (wrong)", lavin.negative_log_likelihood, below=("log_p",))
+here, there = [model(right_batch), model(wrong_batch)], [-x.log_p.sum() for x in (naive_right, naive_wrong)]
+check("L", "response", here, there)
 
 # %% Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
 equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in released files
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "LLaMA's input. X' follows 'Image: ', as in the released code; t_m runs on its own", LaVIN.embed)
+equation(7, "LLaMA's input. Y_head: [BOS] 'Image: '; Y_rest: the prompt", LaVIN.embed, below=("# ", "Z = "))
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 for what, e in ("image", asked), ("text", text):
     head = f"{len(e.head)} ([BOS] {tokenizer.decode(e.head)!r})"
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation. p(R_s | ..) is the entry of p for the token R_s, here the largest", LaVIN.stream)
+equation(8, "generation. p(R_s | ..) is p[R_s]", LaVIN.stream, below=("# p", "p = ", "R_s = ", "decode"))
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
 check("p(R_s | ..)", "s", p_R, np.exp(naive_right.log_p))
 print(textwrap.fill(" ".join(f"{tokenizer.decode([t]) or '[EOS]'}:{x:.4f}" for t, x in zip(answer, p_R)), 96))
 other = model.generate(batch._replace(images=exchanged[None]), 40, tokenizer.eos, temperature=0)[0]
-print(f"p(R | Z) = {np.prod(p_R):.4f} = exp(-L). If red and blue are exchanged:\n{tokenizer.decode(other)}")
+print(f"p(R | Z) = {np.prod(p_R):.4f} = exp(-L)\nIf red and blue are exchanged:\n{tokenizer.decode(other)}")
 
 # %% The attention of LLaMA's last layer: where does the token that predicts "red" find the color? Folding.
 with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attention) as attention:

@@ -17,10 +17,10 @@ import prompts
 import weights
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer
-from lavin import LOSS_ROWS, LaVIN, LaVINConfig
+from lavin import LaVIN, LaVINConfig
 from llama import LLaMA, LLaMAConfig
 from official.tokenizer import Tokenizer
-from speed import nf4, shard
+from speed import chunked_loss, nf4, shard
 from speed.shapes import LLAMAS, TIED, VITS
 
 PROBLEMS, EPOCHS = 12_726, 20  # the paper's recipe: ScienceQA's train split, 20 times
@@ -203,7 +203,7 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     # Two peaks come on top of what is kept. In the loss, a chunk of logits exists twice in fp32: as logits
     # and as log-softmax, which then becomes the gradient. In the backward pass of the last block, the loss is
     # already freed; alive are silu(gate), three gradients of its size, and the gradient of x.
-    chunk = 8 * min(LOSS_ROWS, load.targets) * c.vocab_size
+    chunk = 8 * min(chunked_loss.ROWS, load.targets) * c.vocab_size
     backward = e * T * (4 * c.ffn_dim + c.dim)
     backward += checkpoint * block
     lines = {

@@ -45,9 +45,8 @@ def test_no_line_is_long(file):
 def test_no_machinery_at_the_root():
     for file in ROOT_FILES:
         text = file.read_text(encoding="utf-8")
-        for word in ("is_compiling", "/proc/", "_inductor"):
+        for word in ("is_compiling", "/proc/", "_inductor", "autograd.Function"):
             assert word not in text, f"{file.name}: {word}"
-        assert text.count("autograd.Function") == (file.name == "lavin.py")  # the loss: 20% of a step
 
 
 def test_models_import_nothing_that_measures():
