@@ -9,8 +9,8 @@ One Mixture-of-Modality Adapter (MM-Adapter) stands in front of every attention 
     t_m ── W_m, b_m ── / tau ── softmax ── w_0, w_1                                   Eq. (3)
 
 Why a modality token. One LLM has to serve text alone and text with an image, and the two need different
-adaptation. A token t_m says which of the two the input is. It acts only through the routers: in every layer,
-a router reads the hidden state of t_m and weights the adapters f_a1 and f_a2 by w_0 and w_1.
+adaptation. A token t_m says which of the two the input is. It acts only through routing: in every layer, f_w
+reads the hidden state of t_m and gives w_0 and w_1, the weights of the adapters f_a1 and f_a2.
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
 attention mask lets t_m see only itself, and hides t_m from all other tokens. So w depends only on the
@@ -18,8 +18,8 @@ modality: each layer of a trained model has one pair (w_0, w_1) for text and one
 consequences. First, t_m need not stand in the sequence: `LLaMA.route` runs it on its own. (All positions then
 move by one, but rotary attention depends only on their differences.) Second, an adapter of LLaMA is one
 affine map per modality, because it has no activation. So a trained one can be merged into the projection
-that follows it (`fold`). In the ViT, the weights are not constants. There is no t_m: the router reads the
-image's own [cls]. From block 1 on, [cls] has attended to the patches, so w depends on the image.
+that follows it (`fold`). In the ViT, the weights are not constants. There is no t_m: f_w reads the image's
+own [cls]. From block 1 on, [cls] has attended to the patches, so w depends on the image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck get gradients other than zero. The two phi_u start equal, but do not stay so. The gradient
@@ -70,12 +70,12 @@ class GroupedLinear(nn.Module):
         return torch.block_diag(*self.weight.chunk(2))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(h, self.dense(), self.bias)  # at r = 8, faster than one product per group
+        return nn.functional.linear(h, self.dense(), self.bias)  # faster than one product per group
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch,
-    because the backward pass computes the adapter again, to save memory, and must drop the same units."""
+    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch.
+    To save memory, the backward pass computes adapters a second time, and it must drop the same units."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -101,7 +101,7 @@ class RoutingWeights(nn.Linear):
         self.tau = tau
 
     def forward(self, t_m: torch.Tensor) -> torch.Tensor:
-        """t_m [.., d] -> w [.., 2], fp32. t_m: its hidden state in this layer, normalised like z"""
+        """t_m [.., d] -> w [.., 2], fp32. Here t_m is its hidden state, normalised like z."""
         logits = super().forward(t_m).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.tau, -1)  # Eq. (3): f_w(t_m) = softmax((t_m W_m + b_m) / tau)
 
@@ -121,8 +121,8 @@ class MMAdapter(nn.Module):
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
-        router = w_0 * f_a1 + w_1 * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z)) = w_0 f_a1(Z) + w_1 f_a2(Z)
-        return z + self.cfg.scale * router  # Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m))
+        mixed = w_0 * f_a1 + w_1 * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z)) = w_0 f_a1(Z) + w_1 f_a2(Z)
+        return z + self.cfg.scale * mixed  # Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m))
 
 
 @torch.no_grad()

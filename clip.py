@@ -80,7 +80,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
-    For the backward pass, autograd keeps what it keeps in LLaMA, but c_fc x instead of w1 x and w3 x.
+    For the backward pass, autograd keeps of each token: x before and after `x + attention`; q, k, v; the
+    output of attention and the log-sum-exp of each head's scores; c_fc x.
     """
 
     def __init__(self, cfg: CLIPConfig):

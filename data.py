@@ -45,8 +45,8 @@ class Example:
 
 
 def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
-    """Token ids of head, prompt, response, EOS, or of head and prompt if there is no response. As released,
-    the last three are one string; the targets begin after as many tokens as the prompt alone has."""
+    """Token ids of head, prompt, response, EOS; without a response, of head and prompt. As released, prompt
+    and response are tokenized as one string. If the prompt alone has n tokens, the first n are no targets."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:
@@ -58,7 +58,7 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
     """Training examples of at most max_len tokens; counts of samples kept, cut, dropped, with a picture.
 
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len, so that no target is
-    left; in the released code, a micro-batch without targets has loss NaN. There, max_len counts t_m, too.
+    left. In the released code, max_len counts t_m, too, and a micro-batch without targets has loss NaN.
     """
     examples, count = [], {"kept": 0, "cut": 0, "dropped": 0, "with a picture": 0}
     for sample in samples:
@@ -125,7 +125,6 @@ class MaskSampler(NamedTuple):
 
     @classmethod
     def of(cls, model) -> "MaskSampler | None":
-        """A sampler of masks for this model; None if it trains without dropout."""
         cfg = model.cfg.adapter
         vit = model.vit if model.cfg.vit_adapters else None
         blocks, tokens = (vit.cfg.layers, len(vit.positional_embedding)) if vit else (0, 0)
@@ -148,7 +147,8 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens, and so do the micro-batches of a rank: the largest decides
-    the peak memory. All ranks get the same number of micro-batches, as --shard needs; some may be empty.
+    the peak memory. All ranks get the same number of micro-batches, because with --shard a forward pass needs
+    all ranks. Some micro-batches may be empty.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)

@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py replaces it by speed/chunked_loss.py, to save memory
+        self.loss = negative_log_likelihood  # or the same in less memory, see train.build
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -77,7 +77,7 @@ class LaVIN(nn.Module):
         if cfg.vision:
             self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)  # its name in released files
         if cfg.vision and cfg.vit_adapters:
-            # MM-Adapters even if LLaMA has plain ones: only then are there 2.9M in the fourth row of Table 2
+            # MM-Adapters, even when LLaMA has RepAdapters: this gives the 2.9M of Table 2's fourth row
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
                 block.routed_by = cfg.vit_routing
@@ -171,7 +171,7 @@ class LaVIN(nn.Module):
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
+        max_new_tokens = min(max_new_tokens, context - min(batch.lengths))  # what the shortest prompt leaves
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
@@ -181,7 +181,7 @@ class LaVIN(nn.Module):
             p = torch.softmax(logits, -1)  # [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
-            # an answer ends with EOS, or when prompt (n tokens) and answer fill the context
+            # an answer ends with EOS, or when its prompt of n tokens and s more fill the context
             done = [d or id == eos or n + s > context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):
                 return

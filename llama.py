@@ -82,10 +82,10 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of B sequences: of their prompts, which `prefill` stores, and with room for answers."""
+    """Keys and values of B sequences, in the layout that attention reads: one [B, G, S, D] in each layer."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
-        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads  # B, G, S, D
+        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.tensor(lengths, device=device)  # tokens of each sequence
@@ -226,5 +226,5 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, after_read=None) -> "LLaMA":
-        """Read official weights. after_read, if given, quantises (--bits 4) or shards (--shard)."""
+        """Read official weights. after_read, if given, quantises or shards each module once it is read."""
         return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, after_read)

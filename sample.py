@@ -126,8 +126,8 @@ def main() -> None:
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:  # an image may come later
         modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # the same model, but faster: LLaMA's adapters are merged into wq, wk, wv, see adapters.fold and
-    # speed/step.FoldedLaVIN. With --bits 4, nothing is merged
+    # a faster model with the same answers, FoldedLaVIN in speed/step.py. LLaMA's adapters are merged into wq,
+    # wk and wv (adapters.fold), one copy per modality, so there is no w. With --bits 4, nothing is merged
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step

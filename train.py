@@ -41,7 +41,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each field. The comment is its help text; it may begin with the allowed range
+    # cli.py makes a flag of each field. Its comment is the help text, some with the allowed range in front
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -144,6 +144,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     torch.manual_seed(cfg.seed)  # every rank starts with the same adapters
     adapter = AdapterConfig(cfg.adapter, cfg.adapter_dim, cfg.scale, cfg.tau, cfg.dropout)
     model = LaVIN(llama, vit, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters, normalize=cfg.normalize))
+    # Eq. (5) for 256 targets at a time: the same value and gradient, but no logits are kept for backward
     model.loss = chunked_loss.negative_log_likelihood
     return model.to(device), tokenizer
 
@@ -179,7 +180,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     theta_a = trainable(model)
-    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))  # to print it
+    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))  # only for the message below
     say(f"{sum(p.numel() for p in theta_a.values()):,} trainable parameters on {device} in {dtype}; "
         f"{total} steps, {dataset.per_epoch} per epoch, {warmup} for warm-up; {accumulation} accumulation x "
         f"{ranks} processes x {cfg.batch_size / accumulation / ranks:g} = {cfg.batch_size} samples; "
@@ -187,7 +188,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         + ("; sharded, so without a test" if cfg.shard else ""))
     optimizer = optimizer_for(theta_a, cfg)
     for p in theta_a.values():
-        p.grad = torch.zeros_like(p)  # never None: without images, the ViT's adapters get no gradient
+        p.grad = torch.zeros_like(p)  # sum_over_ranks needs a gradient of all, even of a ViT without images
     run = must_match(cfg, dtype, model, dataset.examples)
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, run) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
@@ -202,7 +203,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         for batch in micro_batches:
             with model.autocast():
                 L = model(batch.to(device))  # Eq. (5), summed over this micro-batch
-            (L / n_targets).backward()  # n_targets: of the whole batch, so the gradients add up to the mean's
+            (L / n_targets).backward()  # n_targets counts the whole batch, on all ranks: the mean per target
             loss += L.detach() / n_targets
         if ranks > 1:
             sum_over_ranks([loss, *(p.grad for p in theta_a.values())])

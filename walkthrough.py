@@ -20,7 +20,7 @@ from tests import naive
 
 # %% Two helpers: show the code of an equation, compare two values
 def equation(n: int, title: str, *functions, below: tuple = ()) -> None:
-    """Print the line of each function with the tag of Eq. (n), and those below it with a word of `below`."""
+    """Of each function, print the line tagged Eq. (n), and later lines that contain a string of `below`."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
         lines = inspect.getsource(f).splitlines()
@@ -38,8 +38,8 @@ def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
     print(f"{'largest difference':>36}    {difference:.0e}")
     assert difference < 1e-4, f"{what} differs from {source} by {difference}"
 
-# %% The trained tiny model and four inputs: a question about an image (asked), with the right response, a
-# wrong one, and without the image (text). An input: t_m, head ([BOS] "Image: "), X', rest (prompt, response).
+# %% The trained tiny model and four inputs. asked: an image and a question about it; right, wrong: the same
+# with a right or a wrong response; text: the question without the image.
 torch.set_grad_enabled(False), torch.set_num_threads(1)  # only Eq. (4) needs gradients
 model, _ = lavin.load("tiny/adapters.safetensors", "tiny/llama", "tiny/clip")
 tokenizer, n_visual, weights = Tokenizer("tiny/llama"), model.vit.n_visual, naive.params(model)
@@ -54,7 +54,7 @@ picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64,
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
 print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor, the first four numbers are shown,\n"
-      "and below them those of tests/naive.py: other code, in numpy, where t_m is a token of the sequence.")
+      "and below them those of tests/naive.py: independent code, in numpy, with t_m in the sequence.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -68,7 +68,7 @@ Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
 check("Z'", "T C", layer.adapter_attn(Z, w[0, IMAGE]), naive.mm_adapter(Z.numpy(), naive_asked.w[0], p, s=1))
 bare, vit = llama.LLaMA.from_pretrained("tiny/llama"), clip.VisionTransformer.from_pretrained("tiny/clip")
-x = bare.tok_embeddings(batch.tokens[None])  # of the text, [1, T, C]
+x = bare.tok_embeddings(batch.tokens[None])  # [1, T, C], without X'
 before = bare(x), vit(batch.images)
 untrained = LaVIN(bare, vit, model.cfg)  # puts new adapters into bare and vit
 image_w = untrained.routing_weights()[:, IMAGE, None, None]  # [layer, 1, 1, 2]: for every row and token
@@ -96,7 +96,7 @@ print("The gradient reaches even the ViT's first adapter. To check it, add one n
       "its phi_d.bias. L is the loss, Eq. (5), of the response 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
-assert all((x.grad is None) != ("adapter_" in n) for n, x in model.named_parameters()), "a frozen one trains"
+assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
 name = "vit.transformer.resblocks.0.adapter_attn.phi_d.bias"  # its gradient passes through both models
 L = lambda x: -naive.run(weights | {name: weights[name] + x}, model, wrong, picture).log_p.sum()
 check("dL/de", "", trainable(model)[name].grad.sum(), (L(1e-4) - L(-1e-4)) / 2e-4, "naive.py, finite diff.")
@@ -120,12 +120,13 @@ check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.he
 # %% Eq. (7): Z = [t_m, X', Y]
 equation(7, "LLaMA's input. Y_head: [BOS] 'Image: '; Y_rest: the prompt", LaVIN.embed, below=("# ", "Z = "))
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
+words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):
-    head = f"{len(e.head)} ([BOS] {tokenizer.decode(e.head)!r})"
+    head = f"{len(e.head)} ([BOS] {' '.join(words(e.head[1:]))})"
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation. p(R_s | ..) is p[R_s]", LaVIN.stream, below=("# p", "p = ", "R_s = ", "decode"))
+equation(8, "generation. Below, p[R_s] of each step", LaVIN.stream, below=("# p", "p = ", "R_s = ", "decode"))
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
@@ -138,7 +139,6 @@ print(f"p(R | Z) = {np.prod(p_R):.4f} = exp(-L)\nIf red and blue are exchanged:\
 with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attention) as attention:
     model.hidden(right_batch)
 q, k = (x[0] for x in attention.call_args.args[:2])  # of the last layer, rotated: [T, H, D]
-words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visual)), *words(right.rest)]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
