@@ -81,7 +81,7 @@ class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
     For the backward pass, autograd keeps of each token: x before and after `x + attention`; q, k, v; the
-    output of attention and the log-sum-exp of each head's scores; c_fc x.
+    output of attention and the log-sum-exp of each head's scores; c_fc x. The rest is computed again.
     """
 
     def __init__(self, cfg: CLIPConfig):
@@ -97,8 +97,9 @@ class Block(nn.Module):
         """The input of the attention: normalise, then Eq. (2). Each image is routed by its own [cls].
 
         In the released code, the router reads z[:, 0], but z is [T, N, C]: token i of every image is routed
-        by token i of the batch's first image. The authors' adapters were trained like that. When they are
-        loaded, routed_by is "token": each token is routed by its own state, as in a batch with one image.
+        by token i of the batch's first image. Probably every image's [cls] was meant. The authors' adapters
+        were trained like that. When official/released.py loads them, it sets routed_by to "token": each token
+        is routed by its own state, as in a batch with one image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

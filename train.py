@@ -188,7 +188,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         + ("; sharded, so without a test" if cfg.shard else ""))
     optimizer = optimizer_for(theta_a, cfg)
     for p in theta_a.values():
-        p.grad = torch.zeros_like(p)  # sum_over_ranks needs a gradient of all, even of a ViT without images
+        p.grad = torch.zeros_like(p)  # never None, even of a ViT without images, or AdamW would skip it
     run = must_match(cfg, dtype, model, dataset.examples)
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, run) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")

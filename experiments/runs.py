@@ -148,7 +148,8 @@ def build(run: Run, options: Options) -> tuple[LaVIN, object, list, train.Config
     model, tokenizer, dataset, _ = train.prepare(cfg, torch.device("cpu"), torch.float32, lambda *_: None)
     if run.lora:
         torch.manual_seed(run.seed)
-        model = LoRALaVIN(model.llama, model.vit, model.cfg, run.lora)
+        loss, model = model.loss, LoRALaVIN(model.llama, model.vit, model.cfg, run.lora)
+        model.loss = loss
     return model, tokenizer, dataset.examples, cfg
 
 
