@@ -96,7 +96,7 @@ class Block(nn.Module):
     def adapted(self, x, dropout_mask):
         """The input of the attention: normalise, then Eq. (2). Each image is routed by its own [cls].
 
-        In the released code, the router reads z[:, 0], but z is [T, N, C]: token i of every image is routed
+        In the released code, f_w reads z[:, 0], but z is [T, N, C]: token i of every image is routed
         by token i of the batch's first image. Probably every image's [cls] was meant. The authors' adapters
         were trained like that. When official/released.py loads them, it sets routed_by to "token": each token
         is routed by its own state, as in a batch with one image.

@@ -46,7 +46,7 @@ class Example:
 
 def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response, EOS; without a response, of head and prompt. As released, prompt
-    and response are tokenized as one string. If the prompt alone has n tokens, the first n are no targets."""
+    and response are tokenized as one string; the first n are no targets, if the prompt alone has n tokens."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     prompt = rest = tokenizer.encode(sample.prompt)
     if sample.response:

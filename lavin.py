@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # or the same in less memory, see train.build
+        self.loss = negative_log_likelihood  # train.py: speed/chunked_loss.py, the same
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -99,7 +99,7 @@ class LaVIN(nn.Module):
         return t_m.to(self.llama.norm.weight.dtype)
 
     def routing_weights(self) -> torch.Tensor | None:
-        """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE, whatever the sample; None: no router."""
+        """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE, whatever the sample; None without f_w."""
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:

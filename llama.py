@@ -208,7 +208,7 @@ class LLaMA(nn.Module):
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's router reads their state.
+        """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's f_w reads their state.
 
         Each t_m attends only to itself. The softmax of a single score is 1, so attention returns its value v.
         """

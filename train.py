@@ -41,7 +41,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each field. Its comment is the help text, some with the allowed range in front
+    # cli.py makes a flag of each field. A field's comment is its help text; brackets give the allowed range
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -88,9 +88,9 @@ class Config:
 
 
 RECIPES = {"tiny": {}, "paper": dict(
-    # from the paper, which also gives the defaults above of adapter_dim, tau, batch_size and weight_decay
+    # from the paper. The defaults above of adapter_dim, tau, batch_size and weight_decay are the paper's, too
     epochs=20.0, lr=9e-3,
-    # from the released code, because the paper does not say; it also gives the defaults of scale and beta2
+    # from the released code, because the paper does not say. So are the defaults of scale and beta2
     format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, warmup=2.0, micro_batch=4,
     max_new_tokens=256)}
 

@@ -109,7 +109,7 @@ print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, 
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, f"the loss\n{RED}\nThe answer is B. (wrong)", lavin.negative_log_likelihood, below=("log_p",))
+equation(5, f"L of two responses\n{RED}\nThe answer is B.", lavin.negative_log_likelihood, below=("log_p",))
 here, there = [model(right_batch), model(wrong_batch)], [-x.log_p.sum() for x in (naive_right, naive_wrong)]
 check("L", "response", here, there)
 
