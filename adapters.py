@@ -101,13 +101,13 @@ class RoutingWeights(nn.Linear):
         self.tau = tau
 
     def forward(self, t_m: torch.Tensor) -> torch.Tensor:
-        """t_m [.., d] -> w [.., 2], fp32. Here t_m is its hidden state, normalised like z."""
+        """t_m [.., d] -> w [.., 2], fp32. Here t_m is the token's hidden state, normalised like z."""
         logits = super().forward(t_m).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.tau, -1)  # Eq. (3): f_w(t_m) = softmax((t_m W_m + b_m) / tau)
 
 
 class MMAdapter(nn.Module):
-    """Mixture-of-Modality Adapter: f_a1 and f_a2, which share phi_d, and the router that weighs them."""
+    """Mixture-of-Modality Adapter: f_a1 and f_a2, which share phi_d, weighted by f_w."""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()

@@ -96,7 +96,7 @@ RECIPES = {"tiny": {}, "paper": dict(
 
 
 def schedule(step: int, warmup: int, total: int) -> float:
-    """The learning rate's share of its peak: linear up, cosine down to 0."""
+    """The learning rate as a fraction of its peak: linear up, then a cosine down to 0."""
     if step < warmup:
         return (step + 1) / warmup  # released code: step / warmup, so its first update is lost
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -144,8 +144,6 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     torch.manual_seed(cfg.seed)  # every rank starts with the same adapters
     adapter = AdapterConfig(cfg.adapter, cfg.adapter_dim, cfg.scale, cfg.tau, cfg.dropout)
     model = LaVIN(llama, vit, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters, normalize=cfg.normalize))
-    # Eq. (5) for 256 targets at a time: the same value and gradient, but no logits are kept for backward
-    model.loss = chunked_loss.negative_log_likelihood
     return model.to(device), tokenizer
 
 
@@ -186,6 +184,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         f"{ranks} processes x {cfg.batch_size / accumulation / ranks:g} = {cfg.batch_size} samples; "
         f"peak lr {peak_lr:.2e}"
         + ("; sharded, so without a test" if cfg.shard else ""))
+    # Eq. (5) for 256 targets at a time: the same value and gradient, but no logits are kept for backward
+    model.loss = chunked_loss.negative_log_likelihood
     optimizer = optimizer_for(theta_a, cfg)
     for p in theta_a.values():
         p.grad = torch.zeros_like(p)  # never None, even of a ViT without images, or AdamW would skip it

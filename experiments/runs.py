@@ -37,6 +37,7 @@ from experiments import worlds
 from experiments.lora import LoRALaVIN
 from lavin import LaVIN
 from official.adapter_files import write_atomically
+from speed import chunked_loss
 
 TINY = Path(__file__).parent.parent / "tiny"
 COLUMNS = {"with picture": "IMG", "without": "no IMG", "all": "Avg"}  # names in evaluation/scores.py
@@ -88,6 +89,7 @@ def learn(cfg: train.Config, model: LaVIN, examples: list[data.Example], order: 
     steps = kind(examples, cfg.batch_size, cfg.batch_size, 0, 1, cfg.seed, size, cfg.normalize)
     total, warmup = max(1, round(cfg.epochs * steps.per_epoch)), round(cfg.warmup * steps.per_epoch)
     params = trainable(model)
+    model.loss = chunked_loss.negative_log_likelihood
     optimizer = train.optimizer_for(params, cfg)
     for p in params.values():
         p.grad = torch.zeros_like(p)  # not None: AdamW would skip what a step without a picture does not use
@@ -148,8 +150,7 @@ def build(run: Run, options: Options) -> tuple[LaVIN, object, list, train.Config
     model, tokenizer, dataset, _ = train.prepare(cfg, torch.device("cpu"), torch.float32, lambda *_: None)
     if run.lora:
         torch.manual_seed(run.seed)
-        loss, model = model.loss, LoRALaVIN(model.llama, model.vit, model.cfg, run.lora)
-        model.loss = loss
+        model = LoRALaVIN(model.llama, model.vit, model.cfg, run.lora)
     return model, tokenizer, dataset.examples, cfg
 
 
