@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import cli
 import train
+from speed import chunked_loss
 from tiny import world
 
 
@@ -52,6 +53,25 @@ def adapters(out: Path) -> dict[str, torch.Tensor]:
 def same_bits(a: Path, b: Path) -> bool:
     a, b = adapters(a), adapters(b)
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_step_moves_everything_and_logs_the_mean_of_its_targets(small_world, tmp_path, monkeypatch):
+    """AdamW must not skip the ViT's adapters in a step without an image."""
+    seen, plain = [], chunked_loss.negative_log_likelihood
+
+    def recorded(hidden, W, R):
+        L = plain(hidden, W, R)
+        seen.append((L.item(), len(R)))
+        return L
+
+    monkeypatch.setattr(chunked_loss, "negative_log_likelihood", recorded)
+    run(monkeypatch, flags(small_world, tmp_path, batch_size=2, micro_batch=1, steps=20))
+    rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(seen) == 40 and len(rows) == 20
+    for row, (a, n), (b, m) in zip(rows, seen[::2], seen[1::2]):
+        assert row["loss"] == pytest.approx((a + b) / (n + m), abs=1e-4)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    assert {int(moments["step"]) for moments in state.values()} == {20}
 
 
 def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path, monkeypatch):
