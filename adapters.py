@@ -25,7 +25,7 @@ Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0
 phi_u and the neck get gradients other than zero. The two phi_u start equal, but do not stay so. The gradient
 of phi_u1 is a sum over the samples, each weighted by its w_0; that of phi_u2 is the same sum, weighted by
 w_1. E_m starts at random, so w differs between text and images, and the two sums have different directions.
-In the ViT, w varies little from image to image, and the two phi_u stay similar.
+(AdamW would cancel a common factor.) In the ViT, w varies little, and the two phi_u stay similar.
 
 Shapes: B rows (in training, all samples lie end to end in one row), T tokens, d width, r hidden units (8).
 """

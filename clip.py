@@ -98,8 +98,8 @@ class Block(nn.Module):
 
         In the released code, f_w reads z[:, 0], but z is [T, N, C]: token i of every image is routed
         by token i of the batch's first image. Probably every image's [cls] was meant. The authors' adapters
-        were trained like that. When official/released.py loads them, it sets routed_by to "token": each token
-        is routed by its own state, as in a batch with one image.
+        were trained with z[:, 0] as it stands. So official/released.py sets routed_by to "token" for them:
+        each token is routed by its own state, which is what z[:, 0] does with a single image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

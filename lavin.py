@@ -181,7 +181,7 @@ class LaVIN(nn.Module):
             p = torch.softmax(logits, -1)  # [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
-            # an answer ends with EOS, or when its prompt of n tokens and s more exceed the context
+            # an answer ends with EOS, or when its prompt (n tokens) and s tokens do not fit in the context
             done = [d or id == eos or n + s > context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):
                 return
