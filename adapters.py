@@ -22,10 +22,10 @@ that follows it (`fold`). In the ViT, the weights are not constants. There is no
 own [cls]. From block 1 on, [cls] has attended to the patches, so w depends on the image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
-phi_u and the neck get gradients other than zero. The two phi_u start equal, but do not stay so. The gradient
-of phi_u1 is a sum over the samples, each weighted by its w_0; that of phi_u2 is the same sum, weighted by
-w_1. E_m starts at random, so w differs between text and images, and the two sums have different directions.
-(AdamW would cancel a common factor.) In the ViT, w varies little, and the two phi_u stay similar.
+phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. The two
+phi_u start equal, but do not stay so: in their gradients, each sample is weighted by its w_0 or w_1. E_m
+starts at random, so w differs between text and images, and the two gradients have different directions.
+(AdamW would cancel a common factor.) In the ViT, w varies little, so the two phi_u stay similar.
 
 Shapes: B rows (in training, all samples lie end to end in one row), T tokens, d width, r hidden units (8).
 """

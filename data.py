@@ -45,13 +45,12 @@ class Example:
 
 
 def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
-    """Token ids of head, prompt, response, EOS; without a response, of head and prompt. As released, prompt
-    and response are tokenized as one string; the first n are no targets, if the prompt alone has n tokens."""
+    """Token ids of head, prompt, response and EOS; without a response, of head and prompt. As released,
+    prompt and response are tokenized as one string. If the prompt alone has n tokens, it is the first n."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
-    prompt = rest = tokenizer.encode(sample.prompt)
-    if sample.response:
-        rest = tokenizer.encode(sample.prompt + sample.response) + [tokenizer.eos]
-    return Example(sample, head, n_visual if sample.image else 0, rest, len(prompt))
+    rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
+    n_prompt = len(tokenizer.encode(sample.prompt))
+    return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
 
 def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) -> tuple[list[Example], dict]:
@@ -78,13 +77,13 @@ class Batch(NamedTuple):
     """B samples. `tokens` are ids of text; LaVIN.embed inserts X'. `lengths` and `predict_at` count X', too.
 
     Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
-    Packed end to end, without padding, they are a row of 70 tokens. predict_at are positions in that row.
+    Packed (laid end to end, without padding), they are a row of 70 tokens.
     """
     tokens: torch.Tensor  # ids of heads and rests, sample after sample
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
-    predict_at: torch.Tensor  # [targets], where in that row the next token is a target
+    predict_at: torch.Tensor  # [targets], where in the packed row the next token is a target
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
     image_index: torch.Tensor | None = None  # [samples with an image], index of its image in `images`
@@ -189,7 +188,7 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].n_targets for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            # an empty micro-batch gets a sample without its targets, so its loss and gradients are 0
+            # a forward pass needs a sample. An empty micro-batch gets one without targets: its loss is 0
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
             if not indices:

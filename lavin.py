@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py sets the one of speed/chunked_loss.py
+        self.loss = negative_log_likelihood  # train.py sets one with the same results that needs less memory
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -112,18 +112,17 @@ class LaVIN(nn.Module):
         return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.vit_dropout_mask))
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
-        """Z of each sample, [T, C]. Y is cut where X' goes: Y_head is [BOS] "Image: ", Y_rest is the prompt
-        and, in training, the response.
+        """Z of each sample, [T, C]. Two things differ from the paper's formula. As in the authors' code, X'
+        stands inside Y: Y_head is [BOS] "Image: ", Y_rest is the prompt and, in training, the response. And
+        t_m is left out: in the authors' code no other token sees it, so it only gives w (see `pack`).
         """
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
+        X_prime = iter(self.encode_images(batch).type_as(Y[0]) if IMAGE in batch.modality else ())
         inputs = []
-        image_embeds = iter(self.encode_images(batch) if IMAGE in batch.modality else ())  # [n, C] each
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
-            # Eq. (7): Z = [t_m, X', Y]. As in the authors' code, X' stands inside Y. t_m is left out, because
-            # no other token sees it (see adapters.py): it acts only through the routing weights, see `pack`
-            X_prime = next(image_embeds).type_as(Y_head) if modality == IMAGE else Y_head[:0]  # text: empty
-            Z = torch.cat([Y_head, X_prime, Y_rest])
-            inputs.append(Z)
+            # Eq. (7): Z = [t_m, X', Y] with an image, Z = [t_m, Y] without
+            Z = [Y_head, next(X_prime), Y_rest] if modality == IMAGE else [Y_head, Y_rest]
+            inputs.append(torch.cat(Z))
         return inputs
 
     def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

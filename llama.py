@@ -5,6 +5,7 @@ weights.py reads official weights, in Meta's layout or Hugging Face's. Parameter
 There are four ways through the blocks: `forward` trains on packed sequences (end to end in one row, without
 padding), `prefill` reads packed prompts into a cache, `decode` reads one more token of each sequence, `route`
 reads the modality tokens. Each gives the blocks its own function `attend`, which computes the attention.
+`recompute(f, x)` is f(x). To save memory, autograd keeps only x, and f runs again in the backward pass.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r hidden units of an adapter.
@@ -98,10 +99,9 @@ class KVCache:
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        # a slice between two index tensors: torch puts the tokens first, so the left side is [tokens, G, D]
-        self.k[layer][rows, :, positions] = k
-        self.v[layer][rows, :, positions] = v
-        return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
+        keys, values = self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)  # views, [B, S, G, D]
+        keys[rows, positions], values[rows, positions] = k, v
+        return keys[:, :self.filled], values[:, :self.filled]
 
 
 class Attention(nn.Module):
@@ -127,8 +127,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x):
-        gate = lambda w1_x, w3_x: F.silu(w1_x) * w3_x
-        return self.w2(recompute(gate, self.w1(x), self.w3(x)))  # `gate` runs again in the backward pass
+        gated = lambda w1_x, w3_x: F.silu(w1_x) * w3_x
+        return self.w2(recompute(gated, self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):

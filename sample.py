@@ -56,24 +56,17 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', the turns that fit, prompt
-    ids = []  # of the answer
-    meter = Meter(model, batch.lengths[0])  # writes the line after the answer: tokens per second
-
-    def tokens():
-        for (id,) in model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed):
-            ids.append(id)  # kept here, so that Ctrl-C loses none
-            meter.tick()
-            yield id
-
+    steps = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed)
+    tokens = Meter(model, batch.lengths[0], steps)  # passes the token ids on and notes when each one came
     try:
-        for text in tokenizer.stream(tokens()):  # text of whole characters: a token may end inside one
+        for text in tokenizer.stream(tokens):  # text of whole characters: a token may end inside one
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
             raise
-    conversation.add(ids)
+    conversation.add(tokens.ids)  # after Ctrl-C, what there is of the answer
     print(flush=True)
-    print(f"[{meter.report()}]", file=sys.stderr)
+    print(f"[{tokens.report()}]", file=sys.stderr)  # tokens per second
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
@@ -131,9 +124,7 @@ def main() -> None:
     model = folded(model, *modalities)
     if cfg.compile:
         from speed.compiling import compile_step
-        started = time.time()
         compile_step(model)
-        print(f"compiled in {time.time() - started:.0f} s", file=sys.stderr)
     conversation = Conversation(model, meta, Tokenizer(cfg.llama, model.llama.cfg.vocab_size))
     conversation.show(cfg.image or None)
     if cfg.chat:

@@ -12,7 +12,6 @@ and every rank takes the same step. However a batch is split, the update is the 
 The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl, and curve.png, a chart of the log.
 --resume goes on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
 """
-import hashlib
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from evaluation import chart
 from evaluation.log import Log, stop_if_not_finite
 from lavin import LaVIN, LaVINConfig
 from llama import LLaMA
-from official.adapter_files import load_checkpoint, write_checkpoint
+from official.adapter_files import load_checkpoint, must_match, write_checkpoint
 from official.saving import lock_folder
 from official.tokenizer import Tokenizer
 from speed import chunked_loss, nf4, price, shard
@@ -116,20 +115,6 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
         x.copy_(total.view_as(x))
 
 
-MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normalize format captions max_len "
-              "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
-
-
-def must_match(cfg: Config, dtype, model: LaVIN, examples: list[data.Example]) -> dict:
-    """--resume refuses to go on if one of these differs. Folders, machine and logging may change."""
-    tokens = hashlib.sha256()
-    for e in examples:
-        image = e.sample.image.name if e.sample.image else ""
-        tokens.update(f"{e.head} {e.n_prompt} {image}".encode() + e.rest.tobytes())
-    return {name: getattr(cfg, name) for name in MUST_MATCH} | {
-        "data": tokens.hexdigest()[:16], "base": weights.fingerprint(model), "dtype": str(dtype)}
-
-
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     if cfg.normalize not in MEAN_STD:
         raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
@@ -184,12 +169,13 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         f"{ranks} processes x {cfg.batch_size / accumulation / ranks:g} = {cfg.batch_size} samples; "
         f"peak lr {peak_lr:.2e}"
         + ("; sharded, so without a test" if cfg.shard else ""))
-    # Eq. (5) for 256 targets at a time: the same value and gradient, but no logits are kept for backward
+    # Eq. (5) as in lavin.py, for 256 targets at a time: it computes L and at once its gradient, so that no
+    # logits are kept for the backward pass
     model.loss = chunked_loss.negative_log_likelihood
     optimizer = optimizer_for(theta_a, cfg)
-    for p in theta_a.values():
-        p.grad = torch.zeros_like(p)  # never None, even of a ViT without images, or AdamW would skip it
-    run = must_match(cfg, dtype, model, dataset.examples)
+    for p in theta_a.values():  # AdamW would skip a gradient that is None, such as a ViT's without images
+        p.grad = torch.zeros_like(p)
+    run = must_match(cfg, dtype, weights.fingerprint(model), dataset.examples)  # else --resume refuses
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, run) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
@@ -207,7 +193,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             loss += L.detach() / n_targets
         if ranks > 1:
             sum_over_ranks([loss, *(p.grad for p in theta_a.values())])
-        norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)  # inf: no clipping
+        # returns the norm of the gradient, which is logged; inf: no clipping
+        norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
         optimizer.step()

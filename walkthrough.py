@@ -13,7 +13,7 @@ import llama
 import train
 from adapters import MMAdapter, RoutingWeights, fold, trainable
 from data import Sample, collate, encode
-from lavin import IMAGE, LaVIN, Neck
+from lavin import IMAGE, TEXT, LaVIN, Neck
 from official.tokenizer import Tokenizer
 from tests import naive
 
@@ -70,16 +70,16 @@ check("Z'", "T C", layer.adapter_attn(Z, w[0, IMAGE]), naive.mm_adapter(Z.numpy(
 bare, vit = llama.LLaMA.from_pretrained("tiny/llama"), clip.VisionTransformer.from_pretrained("tiny/clip")
 x = bare.tok_embeddings(batch.tokens[None])  # [1, T, C], without X'
 before = bare(x), vit(batch.images)
-untrained = LaVIN(bare, vit, model.cfg)  # puts new adapters into bare and vit
-image_w = untrained.routing_weights()[:, IMAGE, None, None]  # [layer, 1, 1, 2]: for every row and token
-after = bare(x, image_w), vit(batch.images)
+untrained_w = LaVIN(bare, vit, model.cfg).routing_weights()  # LaVIN puts new adapters into bare and vit
+after = bare(x, untrained_w[:, IMAGE, None, None]), vit(batch.images)
 print("Untrained adapters change no bit of what LLaMA and ViT return:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", RoutingWeights.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
-print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau 10 and {} at tau 1.".format(
-    *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3)))
+f_w, t_m = layer.adapter_attn.f_w, layer.attention_norm(model.modality_tokens()[TEXT])
+print("Layer 0, text: t_m W_m + b_m = ({:.2f}, {:.2f}).\nThe softmax of this, divided by tau = {:g}, is "
+      "w = ({:.4f}, {:.4f}).".format(*f_w.weight @ t_m + f_w.bias, f_w.tau, *w[0, TEXT]))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
 w_vit = []  # of each block, [image, 1, (w_0, w_1)]
@@ -118,7 +118,7 @@ equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in rele
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "LLaMA's input. Y_head: [BOS] 'Image: '; Y_rest: the prompt", LaVIN.embed, below=("# ", "Z = "))
+equation(7, "the input. Y_head: [BOS] 'Image: '. Y_rest: prompt. t_m runs apart", LaVIN.embed, below=["Z"])
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):

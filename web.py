@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,40 @@ class Config:
     port: int = 7860  # [1, 65535] where the page is
 
 
+def read_content(content: str | list) -> tuple[str, list[str]]:
+    """The words and the picture files of one message of `replay`."""
+    words, images = [], []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            words.append(part)
+        elif "text" in part:
+            words.append(part["text"])
+        else:
+            images.append(part.get("file", part)["path"])
+    return "\n".join(words), images
+
+
+def replay(conversation: Conversation, history: list[dict]) -> None:
+    """Take in the pictures and turns of a chat page, {"role": "user" or "assistant", "content": parts}.
+
+    gradio's page gives the parts {"type": "text", "text": ..} and {"type": "file", "file": {"path": ..}},
+    its Python client a text and {"path": ..}, or one text without a list. A question without an answer
+    was an error and is no turn. A picture that cannot be used was an error, too: the one before stays.
+    """
+    question = ""
+    for message in history:
+        words, images = read_content(message["content"])
+        for image in images:
+            with suppress(ValueError, OSError):
+                conversation.show(image)
+        if message["role"] == "user":
+            question = words
+        elif question and words:  # as token ids of one text, as in training
+            ids = conversation.tokenizer.encode(conversation.wrap(question, "") + words)
+            conversation.turns.append(ids + [conversation.tokenizer.eos])
+            question = ""
+
+
 def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
     """The page of a loaded model. folder: where the charts of its routing weights are written."""
     import gradio as gr
@@ -60,7 +95,7 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
         try:
             with lock:
                 conversation, text = Conversation(model, meta, tokenizer), ""
-                conversation.replay(history)
+                replay(conversation, history)
                 for file in message["files"]:  # paths, but {"path": ..} on "retry"
                     conversation.show(file if isinstance(file, str) else file["path"])
                 batch = conversation.batch(message["text"], "", max_new_tokens)

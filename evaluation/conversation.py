@@ -1,7 +1,6 @@
 """A conversation about one image or none: prompts in the format of the training, and the turns so far."""
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,19 +10,6 @@ import prompts
 from lavin import LaVIN
 from official.images import open_image
 from official.tokenizer import Tokenizer
-
-
-def read_content(content: str | list) -> tuple[str, list[str]]:
-    """The words and the picture files of one message of `Conversation.replay`."""
-    words, images = [], []
-    for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, str):
-            words.append(part)
-        elif "text" in part:
-            words.append(part["text"])
-        else:
-            images.append(part.get("file", part)["path"])
-    return "\n".join(words), images
 
 
 class Conversation:
@@ -78,23 +64,3 @@ class Conversation:
         """Keep the last prompt and its answer as a turn. An empty answer, such as after an error, is none."""
         if answer:
             self.turns.append(self.asked + answer + [self.tokenizer.eos])
-
-    def replay(self, history: list[dict]) -> None:
-        """Take in the pictures and turns of a chat page, {"role": "user" or "assistant", "content": parts}.
-
-        gradio's page gives the parts {"type": "text", "text": ..} and {"type": "file", "file": {"path": ..}},
-        its Python client a text and {"path": ..}, or one text without a list. A question without an answer
-        was an error and is no turn. A picture that cannot be used was an error, too: the one before stays.
-        """
-        question = ""
-        for message in history:
-            words, images = read_content(message["content"])
-            for image in images:
-                with suppress(ValueError, OSError):
-                    self.show(image)
-            if message["role"] == "user":
-                question = words
-            elif question and words:  # as token ids of one text, as in training
-                ids = self.tokenizer.encode(self.wrap(question, "") + words)
-                self.turns.append(ids + [self.tokenizer.eos])
-                question = ""

@@ -3,6 +3,7 @@
 An adapter file is safetensors in fp32. Its metadata rebuild the model around its base: configuration, sizes
 and fingerprint of the base, prompt format. The checkpoints that the authors released are in released.py.
 """
+import hashlib
 import io
 import json
 import zipfile
@@ -68,6 +69,23 @@ def fill(params: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(tensors[name])
+
+
+MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normalize format captions max_len "
+              "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
+
+
+def must_match(cfg, dtype: torch.dtype, base: str, examples: list) -> dict[str, FLAG]:
+    """What a run shares with the run that it resumes; folders, machine and logging may change.
+
+    cfg: train.Config; base: fingerprint of the frozen weights; examples: of the training, data.Example
+    """
+    tokens = hashlib.sha256()
+    for e in examples:
+        image = e.sample.image.name if e.sample.image else ""
+        tokens.update(f"{e.head} {e.n_prompt} {image}".encode() + e.rest.tobytes())
+    return {name: getattr(cfg, name) for name in MUST_MATCH} | {
+        "data": tokens.hexdigest()[:16], "base": base, "dtype": str(dtype)}
 
 
 def write_checkpoint(path: Path, state: dict) -> None:

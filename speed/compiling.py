@@ -5,7 +5,9 @@ On a CPU the step becomes one C++ program (torch.export and AOTInductor), on a G
 """
 import os
 import shutil
+import sys
 import tempfile
+import time
 import warnings
 
 import torch
@@ -24,8 +26,10 @@ def compile_step(model: FoldedLaVIN) -> None:
     """Replace the model's step by the compiled one. ValueError without a C++ compiler."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile: there is no C++ compiler here; install g++, or leave --compile out")
+    started = time.time()
     kind = Program if model.device.type == "cpu" else Graph
     model.step = kind(model.llama, model.projections)
+    print(f"compiled in {time.time() - started:.0f} s", file=sys.stderr)
 
 
 class Exported(nn.Module):

@@ -2,7 +2,7 @@
 import ctypes
 import sys
 import time
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 
@@ -53,27 +53,32 @@ def bytes_per_token(llama: LLaMA, slots: float) -> float:
 
 
 class Meter:
-    """Time the tokens of one answer: call `tick` after each token, then `report`."""
+    """Pass on the token ids of one answer. Keep them in `ids`, and the time of each, for `report`."""
     limits = {}  # {type of a device: its bandwidth}; "mps" and "mps:0" are one device
 
-    def __init__(self, model: LaVIN, prompt: int):
-        self.model, self.prompt, self.started, self.marks = model, prompt, time.perf_counter(), []
+    def __init__(self, model: LaVIN, prompt: int, steps: Iterator[list[int]]):
+        """prompt: its length in tokens; steps: LaVIN.stream of a single prompt"""
+        self.model, self.prompt, self.steps, self.started = model, prompt, steps, time.perf_counter()
+        self.ids, self.times = [], []
+
+    def __iter__(self) -> Iterator[int]:
+        for (id,) in self.steps:
+            self.ids.append(id)
+            self.times.append(time.perf_counter())
+            yield id
 
     @classmethod
     def prepare(cls, device: torch.device) -> None:
         """Measure the bandwidth. Takes 0.3 s and 0.27 GB, so do it before the model is loaded."""
         cls.limits[device.type] = max(bandwidth(device, tries=3))
 
-    def tick(self) -> None:
-        self.marks.append(time.perf_counter())
-
     def report(self) -> str:
         """Tokens per second; for two tokens or more, also bytes per second and the share of the bandwidth."""
-        n, seconds = len(self.marks), time.perf_counter() - self.started
+        n, seconds = len(self.ids), time.perf_counter() - self.started
         text = f"{n} tokens in {seconds:.2f} s, {n / seconds:.3g} tokens/s"
         if n < 2:
             return text
-        step = (self.marks[-1] - self.marks[0]) / (n - 1)
+        step = (self.times[-1] - self.times[0]) / (n - 1)
         rate = bytes_per_token(self.model.llama, self.prompt + n / 2) / step
         return (f"{text}; after the first token {rate / 1e9:.2f} GB/s of weights and cache, "
                 f"{rate / self.limits[self.model.device.type]:.0%} of the memory bandwidth")

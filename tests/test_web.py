@@ -23,6 +23,7 @@ import sample
 import web
 from evaluation.conversation import Conversation
 from official.tokenizer import Tokenizer
+from web import replay
 
 DEMO = str(ROOT / "tiny/demo.png")
 OPPOSITE = "What is the opposite of hot? (A) wet (B) old (C) cold"
@@ -106,8 +107,8 @@ def test_a_replayed_history_is_the_chat_of_sample(loaded, message):
         whole = tokenizer.encode(chat.wrap(question, "") + answer)
         chat.add(whole[len(chat.asked):])
         assert rest[-len(chat.asked):] == whole[:len(chat.asked)]  # no token across the border
-    replayed.replay([message("user", COLOR, DEMO), message("assistant", said[0]),
-                     message("user", OPPOSITE), message("assistant", said[1])])
+    replay(replayed, [message("user", COLOR, DEMO), message("assistant", said[0]),
+                      message("user", OPPOSITE), message("assistant", said[1])])
     assert len(chat.turns) == 2 and replayed.turns == chat.turns and replayed.image == chat.image
 
 
@@ -116,12 +117,12 @@ def test_what_failed_is_no_turn(loaded, message, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
     c = Conversation(*loaded)
-    c.replay([message("user", COLOR, DEMO), message("user", "word " * 300)])
+    replay(c, [message("user", COLOR, DEMO), message("user", "word " * 300)])
     assert c.turns == [] and c.image == Path(DEMO)
-    c.replay([message("user", COLOR), message("assistant", "Red."),
-              message("user", WHERE, tmp_path / "text.jpg"), message("user", ""), message("assistant", "")])
+    replay(c, [message("user", COLOR), message("assistant", "Red."),
+               message("user", WHERE, tmp_path / "text.jpg"), message("user", ""), message("assistant", "")])
     assert len(c.turns) == 1 and c.image == Path(DEMO)
-    c.replay([message("user", COLOR, tmp_path / "blank.png")])  # a new picture, as /image in sample.py
+    replay(c, [message("user", COLOR, tmp_path / "blank.png")])  # a new picture, as /image in sample.py
     assert c.turns == [] and c.image == tmp_path / "blank.png"
 
 

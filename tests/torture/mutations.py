@@ -31,7 +31,7 @@ from evaluation import answering, benchmarks, ending, scores
 from evaluation.log import Log
 from llama import PRESETS, LLaMA
 from official import llama_layouts
-from official.adapter_files import load_checkpoint, write_checkpoint
+from official.adapter_files import MUST_MATCH, load_checkpoint, write_checkpoint
 from official.images import open_image
 from official.tokenizer import Tokenizer
 
@@ -269,7 +269,7 @@ def targets(folder: Path) -> dict[str, Target]:
     optimizer = train.optimizer_for(params, cfg)
     model(make_batch(ROWS)).backward()
     optimizer.step()
-    flags = {name: getattr(cfg, name) for name in train.MUST_MATCH}
+    flags = {name: getattr(cfg, name) for name in MUST_MATCH}
     write_checkpoint(folder / "checkpoint.pt", checkpoint_of(model, optimizer, flags))
 
     def checkpoint():
