@@ -17,15 +17,18 @@ attention mask lets t_m see only itself, and hides t_m from all other tokens. So
 modality: each layer of a trained model has one pair (w_0, w_1) for text and one for images. This has two
 consequences. First, t_m need not stand in the sequence: `LLaMA.route` runs it on its own. (All positions then
 move by one, but rotary attention depends only on their differences.) Second, an adapter of LLaMA is one
-affine map per modality, because it has no activation. So a trained one can be merged into the projection
-that follows it (`fold`). In the ViT, the weights are not constants. There is no t_m: f_w reads the image's
-own [cls]. From block 1 on, [cls] has attended to the patches, so w depends on the image.
+affine map per modality, because it has no activation. So a trained one can be merged (`fold`) into each of
+the three projections that follow it, wq, wk and wv. In the ViT, the weights are not constants. There is no
+t_m: f_w reads the image's own [cls]. From block 1 on, [cls] has attended to the patches, so w depends on the
+image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. The two
-phi_u start equal, but do not stay so: in their gradients, each sample is weighted by its w_0 or w_1. E_m
-starts at random, so w differs between text and images, and the two gradients have different directions.
-(AdamW would cancel a common factor.) In the ViT, w varies little, so the two phi_u stay similar.
+phi_u start equal, but do not stay so. The gradient of phi_u1 is a sum over the samples of w_0 g, that of
+phi_u2 is the sum of w_1 g, with the same g. If all samples had the same w, the two sums would differ only by
+a factor. AdamW cancels it, and the two phi_u would stay equal. But E_m starts at random, so w differs between
+text and images, and the sums have different directions. In the ViT, w varies little, so the two phi_u stay
+similar.
 
 Shapes: B rows (in training, all samples lie end to end in one row), T tokens, d width, r hidden units (8).
 """
@@ -39,16 +42,10 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class AdapterConfig:
     kind: str = "mm"  # in LLaMA: "mm" = MM-Adapter, "rep" = one RepAdapter, no router. In the ViT always MM
-    dim: int = 8  # r, the number of hidden units
+    dim: int = 8  # r, the number of hidden units; even, because phi_u has two groups
     scale: float = 1.0  # s
     tau: float = 10.0  # router temperature: 10 for LLaMA-7B, 5 for 13B
     dropout: float = 0.1  # on the hidden units of the adapter
-
-    def __post_init__(self):
-        if self.kind not in ("mm", "rep"):
-            raise ValueError(f"unknown adapter kind {self.kind!r}; known: mm, rep")
-        if self.dim < 2 or self.dim % 2:
-            raise ValueError(f"adapter width {self.dim}: expected an even number; phi_u has two groups")
 
 
 def xavier(linear: nn.Linear) -> nn.Linear:
@@ -74,8 +71,7 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch.
-    To save memory, the backward pass computes adapters a second time, and it must drop the same units."""
+    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -101,7 +97,8 @@ class RoutingWeights(nn.Linear):
         self.tau = tau
 
     def forward(self, t_m: torch.Tensor) -> torch.Tensor:
-        """t_m [.., d] -> w [.., 2], fp32. Here t_m is the token's hidden state, normalised like z."""
+        """t_m [.., d] -> w [.., 2], fp32. As in the released code, f_w reads not the modality token itself,
+        but its hidden state in this layer, after the layer's norm."""
         logits = super().forward(t_m).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.tau, -1)  # Eq. (3): f_w(t_m) = softmax((t_m W_m + b_m) / tau)
 

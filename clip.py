@@ -80,7 +80,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
-    For the backward pass, autograd keeps of each token: x before and after `x + attention`; q, k, v; the
+    For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the
     output of attention and the log-sum-exp of each head's scores; c_fc x. The rest is computed again.
     """
 
@@ -91,20 +91,20 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(cfg.width)
         self.mlp = MLP(cfg)
         self.adapter_attn = None  # an MMAdapter, once LaVIN adds it
-        self.routed_by = "cls"  # or "token"
+        self.vit_routing = "cls"  # or "token"
 
     def adapted(self, x, dropout_mask):
         """The input of the attention: normalise, then Eq. (2). Each image is routed by its own [cls].
 
-        In the released code, f_w reads z[:, 0], but z is [T, N, C]: token i of every image is routed
-        by token i of the batch's first image. Probably every image's [cls] was meant. The authors' adapters
-        were trained with z[:, 0] as it stands. So official/released.py sets routed_by to "token" for them:
-        each token is routed by its own state, which is what z[:, 0] does with a single image.
+        In the released code, f_w reads z[:, 0], and z is [T, N, C] there. So z[:, 0] is not the [cls] token,
+        but all tokens of the batch's first image: token i of every image is routed by token i of the first.
+        With one image in the batch, each token is routed by itself. The authors' adapters were trained this
+        way, so for their files vit_routing is "token": each token is routed by itself.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:
             return z
-        t = z[:, :1] if self.routed_by == "cls" else z  # [N, 1 or T, C]
+        t = z[:, :1] if self.vit_routing == "cls" else z  # [N, 1 or T, C]
         return self.adapter_attn(z, self.adapter_attn.f_w(t), dropout_mask)
 
     def forward(self, x, dropout_mask=None):

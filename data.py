@@ -11,8 +11,8 @@ Lecture, Explanation):
 Without an image the head is [BOS] "Image: N/A". The targets are the response and EOS. The modality token is
 not in the sequence (see adapters.py).
 
-Everything random here depends only on (seed, epoch) or (seed, step, sample). So neither splitting a batch
-over processes or micro-batches nor resuming a run changes what is drawn.
+Everything random here depends only on (seed, epoch) or (seed, step, sample). So resuming a run changes
+nothing, nor does splitting a batch over processes or micro-batches.
 """
 import math
 from dataclasses import dataclass
@@ -45,11 +45,11 @@ class Example:
 
 
 def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
-    """Token ids of head, prompt, response and EOS; without a response, of head and prompt. As released,
-    prompt and response are tokenized as one string. If the prompt alone has n tokens, it is the first n."""
+    """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
+    # as in the released code, prompt and response are tokenized as one string
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    n_prompt = len(tokenizer.encode(sample.prompt))
+    n_prompt = len(tokenizer.encode(sample.prompt))  # the first n_prompt ids of `rest` count as the prompt
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
 
@@ -74,7 +74,7 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
 
 
 class Batch(NamedTuple):
-    """B samples. `tokens` are ids of text; LaVIN.embed inserts X'. `lengths` and `predict_at` count X', too.
+    """B samples. `tokens` are ids of text; LaVIN.embed inserts X'. `lengths`, `predict_at` include X'.
 
     Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
     Packed (laid end to end, without padding), they are a row of 70 tokens.
@@ -86,8 +86,8 @@ class Batch(NamedTuple):
     predict_at: torch.Tensor  # [targets], where in the packed row the next token is a target
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
-    image_index: torch.Tensor | None = None  # [samples with an image], index of its image in `images`
-    image_embeds: torch.Tensor | None = None  # [samples with an image, n_visual, C]: X' that a chat has kept
+    image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
+    image_embeds: torch.Tensor | None = None  # [1, n_visual, C]: X', if a chat has kept it; then no `images`
     llama_dropout_mask: torch.Tensor | None = None  # [L, 1, T, r], True: unit survives; None: no dropout
     vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
@@ -114,8 +114,66 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
     return batch._replace(images=images, image_index=torch.tensor([distinct.index(file) for file in files]))
 
 
+def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
+    """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
+
+    The ranks get nearly equal numbers of tokens, because all wait for the slowest. So do the micro-batches of
+    a rank, because the largest one decides the peak memory. All ranks get the same number of micro-batches,
+    as with --shard a forward pass needs all ranks. Some micro-batches may be empty.
+    """
+    shares = balanced_groups(chosen, lengths, ranks)
+    n = math.ceil(max(map(len, shares)) / micro_batch)
+    return [balanced_groups(share, lengths, n) for share in shares]
+
+
+def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
+    """n groups of nearly equal length: deal the longest first, to groups 0 .. n-1, n-1 .. 0, and so on"""
+    groups = [[] for _ in range(n)]
+    for k, i in enumerate(sorted(samples, key=lambda i: (-lengths[i], i))):
+        turn, place = divmod(k, n)
+        groups[place if turn % 2 == 0 else -1 - place].append(i)
+    return groups
+
+
+class Steps(torch.utils.data.Dataset):
+    """One item per optimizer step: this rank's micro-batches, and the number of targets over all ranks.
+
+    Each epoch shuffles all samples, with and without an image: the paper's mixture-of-modality training.
+    """
+
+    def __init__(self, examples: list[Example], batch_size: int, micro_batch: int, rank: int, ranks: int,
+                 seed: int, image_size: int, normalize: str, masks: "MaskSampler | None" = None):
+        self.examples, self.batch_size, self.micro_batch = examples, batch_size, micro_batch
+        self.rank, self.ranks, self.seed = rank, ranks, seed
+        self.image_size, self.normalize, self.masks = image_size, normalize, masks
+        self.lengths = [e.length for e in examples]
+        self.per_epoch = math.ceil(len(examples) / batch_size)
+
+    def chosen(self, step: int) -> list[int]:
+        """Indices of the samples of the global batch. Every epoch has its own order."""
+        epoch, k = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+        return order[k * self.batch_size: (k + 1) * self.batch_size].tolist()
+
+    def __getitem__(self, step: int) -> tuple[list[Batch], int]:
+        chosen = self.chosen(step)
+        n_targets = sum(self.examples[i].n_targets for i in chosen)
+        batches = []
+        for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
+            # an empty micro-batch borrows a sample and drops its targets, so its loss is 0
+            examples = [self.examples[i] for i in indices or chosen[:1]]
+            batch = collate(examples, self.image_size, self.normalize)
+            if not indices:
+                batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
+            elif self.masks:
+                batch = batch._replace(**self.masks.draw(examples, [[self.seed, step, i] for i in indices]))
+            batches.append(batch)
+        return batches, n_targets
+
+
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks, from a seed per sample, so that they do not depend on how the batch is split."""
+    """Draws dropout's masks, with a seed for each sample. So they do not depend on how the batch is split,
+    and the backward pass, which computes each adapter a second time, drops the same units."""
     p: float
     r: int  # hidden units of an adapter
     layers: int  # of LLaMA
@@ -140,60 +198,3 @@ class MaskSampler(NamedTuple):
         vit = torch.from_numpy(np.stack(vit, axis=1)) if vit and self.vit_blocks else None
         return dict(llama_dropout_mask=torch.from_numpy(np.concatenate(llama, axis=1)[:, None]),
                     vit_dropout_mask=vit)
-
-
-def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
-    """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
-
-    The ranks get nearly equal numbers of tokens, and so do the micro-batches of a rank: the largest decides
-    the peak memory. All ranks get the same number of micro-batches, because with --shard a forward pass needs
-    all ranks. Some micro-batches may be empty.
-    """
-    shares = balanced_groups(chosen, lengths, ranks)
-    n = math.ceil(max(map(len, shares)) / micro_batch)
-    return [balanced_groups(share, lengths, n) for share in shares]
-
-
-def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
-    """n groups of nearly equal length: deal the longest first, to groups 0 .. n-1, n-1 .. 0, and so on"""
-    groups = [[] for _ in range(n)]
-    for k, i in enumerate(sorted(samples, key=lambda i: (-lengths[i], i))):
-        turn, place = divmod(k, n)
-        groups[place if turn % 2 == 0 else -1 - place].append(i)
-    return groups
-
-
-class Steps(torch.utils.data.Dataset):
-    """One item per optimizer step: this rank's micro-batches, and the number of targets over all ranks.
-
-    Each epoch shuffles all samples, with and without an image: the paper's mixture-of-modality training.
-    """
-
-    def __init__(self, examples: list[Example], batch_size: int, micro_batch: int, rank: int, ranks: int,
-                 seed: int, image_size: int, normalize: str, masks: MaskSampler | None = None):
-        self.examples, self.batch_size, self.micro_batch = examples, batch_size, micro_batch
-        self.rank, self.ranks, self.seed = rank, ranks, seed
-        self.image_size, self.normalize, self.masks = image_size, normalize, masks
-        self.lengths = [e.length for e in examples]
-        self.per_epoch = math.ceil(len(examples) / batch_size)
-
-    def chosen(self, step: int) -> list[int]:
-        """Indices of the samples of the global batch. Every epoch has its own order."""
-        epoch, k = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
-        return order[k * self.batch_size: (k + 1) * self.batch_size].tolist()
-
-    def __getitem__(self, step: int) -> tuple[list[Batch], int]:
-        chosen = self.chosen(step)
-        n_targets = sum(self.examples[i].n_targets for i in chosen)
-        batches = []
-        for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            # a forward pass needs a sample. An empty micro-batch gets one without targets: its loss is 0
-            examples = [self.examples[i] for i in indices or chosen[:1]]
-            batch = collate(examples, self.image_size, self.normalize)
-            if not indices:
-                batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
-            elif self.masks:
-                batch = batch._replace(**self.masks.draw(examples, [[self.seed, step, i] for i in indices]))
-            batches.append(batch)
-        return batches, n_targets

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import cli
+
 import prompts
 from evaluation import benchmarks, scores  # answering needs torch: imported where it is used
 

@@ -68,19 +68,19 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py sets one with the same results that needs less memory
+        self.loss = negative_log_likelihood  # train.py calls it for 256 targets at a time, see there
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
         if cfg.adapter.kind == "mm":
             self.adapter_modality_embedding = nn.Embedding(2, llama.cfg.dim)  # E_m, starts as N(0, 1)
         if cfg.vision:
-            self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)  # its name in released files
+            self.adapter_proj = Neck(vit.cfg.width, cfg.neck_dim, llama.cfg.dim)  # named as in released files
         if cfg.vision and cfg.vit_adapters:
             # MM-Adapters, even when LLaMA has RepAdapters: this gives the 2.9M of Table 2's fourth row
             for block in vit.transformer.resblocks:
                 block.adapter_attn = MMAdapter(vit.cfg.width, cfg.adapter)
-                block.routed_by = cfg.vit_routing
+                block.vit_routing = cfg.vit_routing
         adapters.freeze_base(self)
 
     @property
@@ -99,7 +99,7 @@ class LaVIN(nn.Module):
         return t_m.to(self.llama.norm.weight.dtype)
 
     def routing_weights(self) -> torch.Tensor | None:
-        """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE, whatever the sample; None without f_w."""
+        """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE. None without routers."""
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor:
@@ -112,15 +112,14 @@ class LaVIN(nn.Module):
         return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.vit_dropout_mask))
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
-        """Z of each sample, [T, C]. Two things differ from the paper's formula. As in the authors' code, X'
-        stands inside Y: Y_head is [BOS] "Image: ", Y_rest is the prompt and, in training, the response. And
-        t_m is left out: in the authors' code no other token sees it, so it only gives w (see `pack`).
-        """
+        """Z of each sample, [T, C]. Y is cut in two, because X' stands inside it, as in the authors' code:
+        Y_head is [BOS] "Image: ", Y_rest is the prompt and, in training, the response."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
         X_prime = iter(self.encode_images(batch).type_as(Y[0]) if IMAGE in batch.modality else ())
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
-            # Eq. (7): Z = [t_m, X', Y] with an image, Z = [t_m, Y] without
+            # Eq. (7): Z = [t_m, X', Y] with an image, Z = [t_m, Y] without. Here, X' stands between the parts
+            # of Y. t_m is not in Z, because no other token sees it: it enters through w, in `pack`
             Z = [Y_head, next(X_prime), Y_rest] if modality == IMAGE else [Y_head, Y_rest]
             inputs.append(torch.cat(Z))
         return inputs
@@ -140,8 +139,8 @@ class LaVIN(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """L of a micro-batch. train.py divides it by the number of targets in the global batch, so the update
-        does not depend on how the batch is split. (The released code averages the means of micro-batches, so
-        there the update depends on it.)"""
+        does not depend on how the batch is split. In the released code, which averages the means of
+        micro-batches, it does."""
         return self.loss(self.hidden(batch), self.llama.output.weight, batch.targets)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
@@ -163,8 +162,8 @@ class LaVIN(nn.Module):
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
-        """Yield one token per prompt and step; None where the answer has ended. temperature 0 is greedy. In a
-        step, all answers use the same random number, so none depends on how many others there are.
+        """Yield one token per prompt and step; None where the answer has ended. temperature 0 is greedy. In
+        each step, one random number serves all prompts, so an answer is the same alone and in a batch.
         ValueError if a prompt leaves no room in the context.
         """
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
@@ -175,8 +174,8 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(1, max_new_tokens + 1):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Each pass computes a factor:
-            # p is the distribution of R_s over the vocabulary
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Each pass of this loop gives
+            # one factor: p holds it for every possible R_s, and `pick` chooses one
             p = torch.softmax(logits, -1)  # [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
@@ -207,8 +206,9 @@ def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Genera
     p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
-    u = torch.rand((), generator=random).item()  # one for all rows, which torch.multinomial could not do
-    # the first token whose cumulative p exceeds u times the total
+    # sample with one random number u for all rows; torch.multinomial would draw one for each row. Take the
+    # first token whose cumulative p exceeds u times the total
+    u = torch.rand((), generator=random).item()
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]
 
@@ -217,7 +217,8 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, after_read: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base has other sizes, or other weights unless `any_base`. after_read: as in llama.py.
+    ValueError if the base has other sizes than the one that the adapters were trained on or, unless any_base
+    is set, other weights. after_read: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})

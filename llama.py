@@ -44,7 +44,7 @@ PRESETS = {
     "7B": LLaMAConfig(),
     "13B": LLaMAConfig(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
     "tiny": LLaMAConfig(dim=128, n_layers=5, n_heads=8, ffn_dim=352, vocab_size=2057, norm_eps=1e-5,
-                        rope_theta=100.0, max_seq_len=256),  # a short context needs only high frequencies
+                        rope_theta=100.0, max_seq_len=256),  # in 256 positions, rope_theta 10000 hardly turns
 }
 
 
@@ -83,7 +83,7 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of B sequences, in the layout that attention reads: one [B, G, S, D] in each layer."""
+    """Keys and values of B sequences: in each layer one [B, G, S, D], the layout that attention reads."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
         shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
@@ -99,7 +99,7 @@ class KVCache:
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        keys, values = self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)  # views, [B, S, G, D]
+        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views [B, S, G, D], no copies
         keys[rows, positions], values[rows, positions] = k, v
         return keys[:, :self.filled], values[:, :self.filled]
 
@@ -134,9 +134,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
 
-    For the backward pass, autograd keeps for each token: x before and after `x + attention`; q, k, v; the
-    output of attention and the log-sum-exp of each head's scores; w1 x and w3 x. A frozen matrix gets no
-    gradient, so its input is not kept. Norms, adapter and silu(w1 x) * w3 x are computed again."""
+    For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the output
+    of attention and the log-sum-exp of each head's scores; w1 x and w3 x. A frozen matrix gets no gradient,
+    so its input is not kept. Norms, adapter and silu(w1 x) * w3 x are computed again."""
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
@@ -164,7 +164,7 @@ class LLaMA(nn.Module):
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)  # used by LaVIN, where it needs logits
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
         """x [B, T, C] -> hidden states after the last norm, [B, T, C]. LaVIN passes one row (B = 1) of packed
@@ -226,5 +226,5 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, after_read=None) -> "LLaMA":
-        """Read official weights. after_read, if given, quantises or shards each module once it is read."""
+        """Read official weights. after_read(module) may quantise or shard each module once it is read."""
         return weights.load(cls, LLaMAConfig, weights.read_llama, path, device, dtype, after_read)

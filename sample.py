@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cli
+
 import lavin
 from evaluation.conversation import Conversation
 from evaluation.routing import show_routing
@@ -56,21 +57,21 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', the turns that fit, prompt
-    steps = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed)
-    tokens = Meter(model, batch.lengths[0], steps)  # passes the token ids on and notes when each one came
+    stream = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed)
+    stream = Meter(model, batch.lengths[0], stream)  # the same token ids; it keeps them and their times
     try:
-        for text in tokenizer.stream(tokens):  # text of whole characters: a token may end inside one
+        for text in tokenizer.stream(stream):  # text of whole characters: a token may end inside one
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
             raise
-    conversation.add(tokens.ids)  # after Ctrl-C, what there is of the answer
+    conversation.add(stream.ids)  # after Ctrl-C, the part that was generated
     print(flush=True)
-    print(f"[{tokens.report()}]", file=sys.stderr)  # tokens per second
+    print(f"[{stream.report()}]", file=sys.stderr)  # tokens per second
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
-    """Read turns from stdin until it ends. After an error in a turn, the chat goes on."""
+    """Read turns from stdin until Ctrl-D or an empty line. After an error in a turn, the chat goes on."""
     print("Ask a question. /image PATH shows an image, /reset forgets the turns. Ctrl-C stops an answer, "
           "Ctrl-D or an empty line ends the chat.", file=sys.stderr)
     line = cfg.prompt or ""
@@ -95,6 +96,34 @@ def chat(conversation: Conversation, cfg: Config) -> None:
         line = ""
 
 
+def load(cfg: Config) -> tuple[lavin.LaVIN, dict]:
+    """The model and the metadata of its adapter file."""
+    device, dtype = cli.pick_device(cfg.device, cfg.dtype)
+    Meter.prepare(device)  # measures the memory's bandwidth for the report after each answer
+    started = time.time()
+    after_read = nf4.after_read(cfg.bits)  # a function that quantises, or None if --bits is 16
+    model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
+    print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
+          f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
+    return model, meta
+
+
+def faster(model: lavin.LaVIN, cfg: Config) -> lavin.LaVIN:
+    """A model with the same answers: LLaMA's adapters are merged ("folded") into wq, wk and wv.
+
+    adapters.fold shows how. It is possible because w is constant for a modality. A chat needs two copies, for
+    an image may come later. The result, speed.step.FoldedLaVIN, is used like LaVIN. 4-bit matrices stay.
+    """
+    modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
+    if cfg.chat:
+        modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
+    model = folded(model, *modalities)
+    if cfg.compile:
+        from speed.compiling import compile_step
+        compile_step(model)
+    return model
+
+
 def main() -> None:
     cfg = cli.parse(Config)
     if not (cfg.prompt or cfg.image or cfg.chat or cfg.routing):
@@ -104,28 +133,14 @@ def main() -> None:
         raise ValueError('no question; give --prompt "your question"')
     if cfg.image:
         open_image(cfg.image)  # report a bad image before the weights are read
-    device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cfg.compile and cfg.bits == 4:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
-    Meter.prepare(device)  # measures the memory's bandwidth, which limits the tokens per second
-    started = time.time()
-    after_read = nf4.after_read(cfg.bits)  # a function that quantises, or None if --bits is 16
-    model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
-    print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
-          f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
+    model, meta = load(cfg)
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
-    modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
-    if cfg.chat:  # an image may come later
-        modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    # a faster model with the same answers, FoldedLaVIN in speed/step.py. LLaMA's adapters are merged into wq,
-    # wk and wv (adapters.fold), one copy per modality, so there is no w. With --bits 4, nothing is merged
-    model = folded(model, *modalities)
-    if cfg.compile:
-        from speed.compiling import compile_step
-        compile_step(model)
-    conversation = Conversation(model, meta, Tokenizer(cfg.llama, model.llama.cfg.vocab_size))
+    tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
+    conversation = Conversation(faster(model, cfg), meta, tokenizer)
     conversation.show(cfg.image or None)
     if cfg.chat:
         chat(conversation, cfg)

@@ -17,7 +17,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # isort: skip  # before torch, so that Ctrl-C while torch is imported prints one line
+import cli  # first, because it handles Ctrl-C, also while torch is imported
+
 import torch
 import torch.distributed as dist
 
@@ -87,9 +88,9 @@ class Config:
 
 
 RECIPES = {"tiny": {}, "paper": dict(
-    # from the paper. The defaults above of adapter_dim, tau, batch_size and weight_decay are the paper's, too
+    # from the paper, as are the defaults of adapter_dim, tau, batch_size and weight_decay
     epochs=20.0, lr=9e-3,
-    # from the released code, because the paper does not say. So are the defaults of scale and beta2
+    # from the released code, as are the defaults of scale and beta2, because the paper does not give them
     format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, warmup=2.0, micro_batch=4,
     max_new_tokens=256)}
 
@@ -104,7 +105,7 @@ def schedule(step: int, warmup: int, total: int) -> float:
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)  # the loop sets lr
 
 
 def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
@@ -116,8 +117,11 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
-    if cfg.normalize not in MEAN_STD:
-        raise ValueError(f"unknown --normalize {cfg.normalize!r}; known: {', '.join(MEAN_STD)}")
+    for flag, known in ("normalize", [*MEAN_STD]), ("adapter", ["mm", "rep"]):
+        if getattr(cfg, flag) not in known:
+            raise ValueError(f"unknown --{flag} {getattr(cfg, flag)!r}; known: {', '.join(known)}")
+    if cfg.adapter_dim % 2:
+        raise ValueError(f"--adapter_dim {cfg.adapter_dim}: expected an even number; phi_u has two groups")
     # a function that shards or quantises each module once it is read; None: leave it as it is
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
@@ -169,14 +173,14 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         f"{ranks} processes x {cfg.batch_size / accumulation / ranks:g} = {cfg.batch_size} samples; "
         f"peak lr {peak_lr:.2e}"
         + ("; sharded, so without a test" if cfg.shard else ""))
-    # Eq. (5) as in lavin.py, for 256 targets at a time: it computes L and at once its gradient, so that no
-    # logits are kept for the backward pass
-    model.loss = chunked_loss.negative_log_likelihood
+    model.loss = chunked_loss.negative_log_likelihood  # Eq. (5), for 256 targets at a time to save memory
     optimizer = optimizer_for(theta_a, cfg)
-    for p in theta_a.values():  # AdamW would skip a gradient that is None, such as a ViT's without images
+    for p in theta_a.values():
+        # not None: in a batch without images, AdamW would skip the ViT's adapters, also their weight decay
         p.grad = torch.zeros_like(p)
-    run = must_match(cfg, dtype, weights.fingerprint(model), dataset.examples)  # else --resume refuses
-    first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, run) if cfg.resume else 0
+    # of checkpoint.pt; --resume refuses a file with other settings
+    settings = must_match(cfg, dtype, weights.fingerprint(model), dataset.examples)
+    first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, settings) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                           num_workers=workers, pin_memory=device.type == "cuda")
@@ -193,7 +197,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             loss += L.detach() / n_targets
         if ranks > 1:
             sum_over_ranks([loss, *(p.grad for p in theta_a.values())])
-        # returns the norm of the gradient, which is logged; inf: no clipping
+        # it returns the gradient's norm, which is logged; inf means no clipping
         norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
@@ -209,7 +213,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             stop_if_not_finite(losses, done, dataset)
         if is_main and to_save:
             write_checkpoint(out / "checkpoint.pt", {
-                "step": done, "run": run, "optimizer": optimizer.state_dict(),
+                "step": done, "run": settings, "optimizer": optimizer.state_dict(),
                 "adapters": {name: p.detach() for name, p in theta_a.items()}})
     if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,

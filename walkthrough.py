@@ -25,8 +25,9 @@ def equation(n: int, title: str, *functions, below: tuple = ()) -> None:
     for f in functions:
         lines = inspect.getsource(f).splitlines()
         i = next(i for i, line in enumerate(lines) if f"# Eq. ({n}):" in line)
-        code = [lines[i], *(line for line in lines[i + 1:] if any(word in line for word in below))]
-        print(f"in {f.__qualname__}:", *(line.strip() for line in code), sep="\n    ")
+        shown = [i, *(k for k in range(i + 1, len(lines)) if any(word in lines[k] for word in below))]
+        code = ["..\n    " * (k > i and k - 1 not in shown) + lines[k].strip() for k in shown]
+        print(f"in {f.__qualname__}:", *code, sep="\n    ")
 
 def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
     """Print two values of the same thing and their largest difference; stop if it exceeds 1e-4."""
@@ -38,8 +39,7 @@ def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
     print(f"{'largest difference':>36}    {difference:.0e}")
     assert difference < 1e-4, f"{what} differs from {source} by {difference}"
 
-# %% The trained tiny model and four inputs. asked: an image and a question about it; right, wrong: the same
-# with a right or a wrong response; text: the question without the image.
+# %% The tiny model. asked: a question on an image; right, wrong: with a response; text: without the image
 torch.set_grad_enabled(False), torch.set_num_threads(1)  # only Eq. (4) needs gradients
 model, _ = lavin.load("tiny/adapters.safetensors", "tiny/llama", "tiny/clip")
 tokenizer, n_visual, weights = Tokenizer("tiny/llama"), model.vit.n_visual, naive.params(model)
@@ -78,22 +78,22 @@ print("Untrained adapters change no bit of what LLaMA and ViT return:", all(map(
 equation(3, "the router", RoutingWeights.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
 f_w, t_m = layer.adapter_attn.f_w, layer.attention_norm(model.modality_tokens()[TEXT])
-print("Layer 0, text: t_m W_m + b_m = ({:.2f}, {:.2f}).\nThe softmax of this, divided by tau = {:g}, is "
-      "w = ({:.4f}, {:.4f}).".format(*f_w.weight @ t_m + f_w.bias, f_w.tau, *w[0, TEXT]))
+print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau = 10 and {} at tau = 1.\n"
+      "Here, in layer 0 and for text, t_m W_m + b_m = ({:.1f}, {:.1f}) and tau = {:g}.".format(
+      *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3), *f_w.weight @ t_m + f_w.bias, f_w.tau))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
 w_vit = []  # of each block, [image, 1, (w_0, w_1)]
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT, for the demo image and for the same with red and blue exchanged. In block 0, it is\n"
-      "the same for all images, because [cls] has not yet attended to the patches.",
+print("w_0 in the ViT: demo image, then red and blue exchanged. In block 0, [cls] has seen no patch yet.",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "training", train.train, below=("L = model", "backward", "optimizer.step"))
-print("The gradient reaches even the ViT's first adapter. To check it, add one number e to all entries of\n"
-      "its phi_d.bias. L is the loss, Eq. (5), of the response 'The answer is B.'")
+equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
+print("The gradient reaches even the ViT's first adapter. As a check, naive.py adds a small number e to all\n"
+      "entries of its phi_d.bias. L is the loss, Eq. (5), of the response 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -118,7 +118,7 @@ equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in rele
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input. Y_head: [BOS] 'Image: '. Y_rest: prompt. t_m runs apart", LaVIN.embed, below=["Z"])
+equation(7, "the input. Y_head is [BOS] 'Image: ', Y_rest the prompt", LaVIN.embed, below=["Z"])
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):
@@ -126,7 +126,7 @@ for what, e in ("image", asked), ("text", text):
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation. Below, p[R_s] of each step", LaVIN.stream, below=("# p", "p = ", "R_s = ", "decode"))
+equation(8, "generation; below, p of each R_s", LaVIN.stream, below=("# one", "p = ", "R_s = ", "decode"))
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
@@ -145,6 +145,6 @@ share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).
 print("\nWith the first image, the model predicts 'red' after 'On the left is a big'. In the last layer,\n"
       "'big' attends mostly to X'_4. These are all weights above 0.01, averaged over the heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
-print("\nFolding merges each adapter of LLaMA into wq, wk and wv. It leaves q, the output of wq, as it was:")
+print("\nFolding merges each adapter of LLaMA into wq, wk and wv. q of layer 0 is the same:")
 W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])
 check("q", "T C", layer.attention.wq(layer.adapter_attn(Z, w[0, IMAGE])), Z @ W.T + b, "folded")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cli
+
 import lavin
 from evaluation import routing
 from evaluation.conversation import Conversation

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Callable
 
+import cli
+
 import torch
 import torch.distributed as dist
 
-import cli
 import data
 import lavin
 import prompts

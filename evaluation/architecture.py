@@ -12,10 +12,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import cli
+
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-import cli
 import clip
 import llama
 from adapters import MMAdapter

@@ -22,9 +22,10 @@ import sys
 import time
 from statistics import median
 
+import cli
+
 import torch
 
-import cli
 import data
 from evaluation import chart
 from experiments.lora import count_of_peft

@@ -15,6 +15,7 @@ Setting, chosen before any run:
   updates, but the two experts are nearly equal (see routing), so they do not.
 """
 import cli
+
 from evaluation import chart
 from experiments.runs import COLUMNS, Options, Run, accuracies, mean, paired, row, run_all, write
 

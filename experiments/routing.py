@@ -21,6 +21,7 @@ Setting, chosen before any run:
 from statistics import fmean
 
 import cli
+
 from evaluation import chart
 from experiments.runs import Options, Run, accuracies, mean, paired, row, run_all, write
 from experiments.table2 import ROWS

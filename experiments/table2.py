@@ -17,6 +17,7 @@ Setting, chosen before any run:
   differently, and a RepAdapter also sees in the prompt whether there is a picture.
 """
 import cli
+
 from evaluation import chart
 from experiments.runs import Options, Run, accuracies, paired, row, run_all, write
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import Callable
 
+import cli
+
 import torch
 import torch.nn as nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 import clip
 import data
 import llama

@@ -200,10 +200,10 @@ def memory(model: LaVIN, dtype: torch.dtype, load: Load, checkpoint: bool = Fals
     block = T * (e * (4 * c.dim + 2 * d_kv + 2 * c.ffn_dim) + 4 * c.n_heads)
     # The loss keeps the input of the last norm in fp32, and the gradient of the hidden states at targets.
     loss = T * 4 * c.dim + load.targets * e * c.dim
-    # Two peaks come on top of what is kept. In the loss, a chunk of logits exists twice in fp32: as logits
-    # and as log-softmax, which then becomes the gradient. In the backward pass of the last block, the loss is
+    # Two peaks come on top of what is kept. In the loss, three tensors of a chunk's size exist in fp32:
+    # log p, its gradient, and the gradient of the logits. In the backward pass of the last block, the loss is
     # already freed; alive are silu(gate), three gradients of its size, and the gradient of x.
-    chunk = 8 * min(chunked_loss.ROWS, load.targets) * c.vocab_size
+    chunk = 12 * min(chunked_loss.ROWS, load.targets) * c.vocab_size
     backward = e * T * (4 * c.ffn_dim + c.dim)
     backward += checkpoint * block
     lines = {

@@ -9,9 +9,10 @@ ranks must run the same number of forward passes: data.split_batch takes care of
 """
 from typing import Callable
 
+import cli
+
 import torch.nn as nn
 
-import cli
 import weights
 from speed import nf4
 

@@ -8,10 +8,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and some tests start two processes
 
+import cli
+
 import pytest
 import torch
 
-import cli
 import prompts
 from adapters import AdapterConfig, trainable
 from clip import CLIPConfig, VisionTransformer

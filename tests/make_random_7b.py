@@ -15,10 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli
+
 import torch
 
 import adapters
-import cli
 import clip
 import llama
 import weights

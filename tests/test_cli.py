@@ -3,9 +3,10 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import cli
+
 import pytest
 
-import cli
 import evaluate
 
 

@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import cli
+
 import pytest
 import torch
 from conftest import ROOT, TWO_PROCESSES, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
-import cli
 import train
 from speed import chunked_loss
 from tiny import world
@@ -199,7 +200,7 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch):
     assert "known: mm, rep" in message(adapter="nonesuch")
     assert "known: auto, fp32, bf16" in message(dtype="int3")
     assert "nothing to resume from" in message("--resume")
-    assert "adapter width 7: expected an even number" in message(adapter_dim=7)
+    assert "--adapter_dim 7: expected an even number" in message(adapter_dim=7)
     assert "more than the LLaMA's context" in message(max_len=10 ** 6)
     assert "no sample of the train split" in message(max_len=2)
 

@@ -13,11 +13,12 @@ import threading
 import types
 from pathlib import Path
 
+import cli
+
 import pytest
 from conftest import ROOT, one_line, run_main
 from PIL import Image
 
-import cli
 import lavin
 import sample
 import web

@@ -28,6 +28,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import cli  # noqa: E402
+
 import evaluate  # noqa: E402
 import lavin  # noqa: E402
 import prompts  # noqa: E402

@@ -42,6 +42,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import cli  # noqa: E402
+
 import clip  # noqa: E402
 from clip import VisionTransformer  # noqa: E402
 from official.clip_layouts import hf_names  # noqa: E402

@@ -11,11 +11,12 @@ import re
 from pathlib import Path
 from typing import Iterator
 
+import cli
+
 import published
 import torch
 from conftest import make_lavin
 
-import cli
 import evaluate
 import sample
 import train
