@@ -103,6 +103,9 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
+    for p in params.values():
+        # not None: in a batch without images, AdamW would skip the ViT's adapters, also their weight decay
+        p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)  # the loop sets lr
@@ -158,33 +161,35 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     return model, tokenizer, dataset, tests
 
 
+def summary(cfg: Config, n_trained: int, per_epoch: int, ranks: int, total: int, warmup: int) -> str:
+    """What a run prints before it starts, such as "2 accumulation x 4 processes x 4 = 32 samples"."""
+    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
+    return (f"{n_trained:,} trainable parameters; {total} steps, {per_epoch} an epoch, {warmup} for warm-up; "
+            f"{accumulation} accumulation x {ranks} processes x {cfg.batch_size / accumulation / ranks:g} = "
+            f"{cfg.batch_size} samples; peak lr {cfg.lr * cfg.batch_size / 256:.2e}"
+            + ("; sharded, so without a test" if cfg.shard else ""))
+
+
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
     is_main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
+    model.loss = chunked_loss.negative_log_likelihood  # Eq. (5), for 256 targets at a time to save memory
+    theta_a = trainable(model)
+    optimizer = optimizer_for(theta_a, cfg)
     total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
-    theta_a = trainable(model)
-    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))  # only for the message below
-    say(f"{sum(p.numel() for p in theta_a.values()):,} trainable parameters on {device} in {dtype}; "
-        f"{total} steps, {dataset.per_epoch} per epoch, {warmup} for warm-up; {accumulation} accumulation x "
-        f"{ranks} processes x {cfg.batch_size / accumulation / ranks:g} = {cfg.batch_size} samples; "
-        f"peak lr {peak_lr:.2e}"
-        + ("; sharded, so without a test" if cfg.shard else ""))
-    model.loss = chunked_loss.negative_log_likelihood  # Eq. (5), for 256 targets at a time to save memory
-    optimizer = optimizer_for(theta_a, cfg)
-    for p in theta_a.values():
-        # not None: in a batch without images, AdamW would skip the ViT's adapters, also their weight decay
-        p.grad = torch.zeros_like(p)
-    # of checkpoint.pt; --resume refuses a file with other settings
+    n_trained = sum(p.numel() for p in theta_a.values())
+    say(f"{device}, {dtype}: {summary(cfg, n_trained, dataset.per_epoch, ranks, total, warmup)}")
+    # they are part of checkpoint.pt, and --resume refuses one with other settings
     settings = must_match(cfg, dtype, weights.fingerprint(model), dataset.examples)
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, settings) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                           num_workers=workers, pin_memory=device.type == "cuda")
-    log = Log(out / "log.jsonl", stop, first) if is_main else None  # losses stay on the GPU until log.flush
+    log = Log(out / "log.jsonl", stop, first) if is_main else None
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
@@ -206,7 +211,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         done = step + 1
         if is_main:
             tokens = sum(dataset.lengths[i] for i in dataset.chosen(step))
-            log.step(torch.stack([loss, norm]), tokens)
+            log.step(torch.stack([loss, norm]), tokens)  # kept on the GPU until log.flush
         to_save = done % cfg.save_every == 0 or done == stop
         if is_main and (to_save or done % cfg.log_every == 0):
             losses = log.flush(done, optimizer.param_groups[0]["lr"], device)  # prints a line

@@ -91,8 +91,6 @@ def learn(cfg: train.Config, model: LaVIN, examples: list[data.Example], order: 
     params = trainable(model)
     model.loss = chunked_loss.negative_log_likelihood
     optimizer = train.optimizer_for(params, cfg)
-    for p in params.values():
-        p.grad = torch.zeros_like(p)  # not None: AdamW would skip what a step without a picture does not use
     for step in range(total):
         [batch], n_targets = steps[step]
         optimizer.zero_grad(set_to_none=False)
