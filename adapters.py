@@ -24,11 +24,11 @@ image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. The two
-phi_u start equal, but do not stay so. The gradient of phi_u1 is a sum over the samples of w_0 g, that of
-phi_u2 is the sum of w_1 g, with the same g. If all samples had the same w, the two sums would differ only by
-a factor. AdamW cancels it, and the two phi_u would stay equal. But E_m starts at random, so w differs between
-text and images, and the sums have different directions. In the ViT, w varies little, so the two phi_u stay
-similar.
+phi_u start equal, but do not stay so. Let g be what a sample would add to the gradient of phi_u if its weight
+were 1. Then the gradient of phi_u1 is the sum of w_0 g over the samples, that of phi_u2 the sum of w_1 g. If
+all samples had the same w, the two sums would be proportional. The steps of AdamW do not depend on the scale
+of a gradient, so the two phi_u would stay equal. But E_m starts at random, so w differs between text and
+images. In the ViT, w varies little, and the two phi_u stay similar.
 
 Shapes: B rows (in training, all samples lie end to end in one row), T tokens, d width, r hidden units (8).
 """
@@ -71,7 +71,8 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch."""
+    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch,
+    because the backward pass computes the adapter a second time and must drop the same units."""
     return h if mask is None else h * mask / (1 - p)
 
 

@@ -98,8 +98,8 @@ class Block(nn.Module):
 
         In the released code, f_w reads z[:, 0], and z is [T, N, C] there. So z[:, 0] is not the [cls] token,
         but all tokens of the batch's first image: token i of every image is routed by token i of the first.
-        With one image in the batch, each token is routed by itself. The authors' adapters were trained this
-        way, so for their files vit_routing is "token": each token is routed by itself.
+        The authors' adapters were trained with this. For their files, vit_routing is "token": each token is
+        routed by itself, which is what the released code does if a batch has a single image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

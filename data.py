@@ -11,8 +11,8 @@ Lecture, Explanation):
 Without an image the head is [BOS] "Image: N/A". The targets are the response and EOS. The modality token is
 not in the sequence (see adapters.py).
 
-Everything random here depends only on (seed, epoch) or (seed, step, sample). So resuming a run changes
-nothing, nor does splitting a batch over processes or micro-batches.
+Everything random here depends only on (seed, epoch) or (seed, step, sample). So what is drawn stays the same
+if a run is resumed, and if a batch is split over processes or micro-batches.
 """
 import math
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     # as in the released code, prompt and response are tokenized as one string
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    n_prompt = len(tokenizer.encode(sample.prompt))  # the first n_prompt ids of `rest` count as the prompt
+    n_prompt = len(tokenizer.encode(sample.prompt))  # take the first n_prompt ids of `rest` as the prompt
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
 
@@ -119,7 +119,7 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
 
     The ranks get nearly equal numbers of tokens, because all wait for the slowest. So do the micro-batches of
     a rank, because the largest one decides the peak memory. All ranks get the same number of micro-batches,
-    as with --shard a forward pass needs all ranks. Some micro-batches may be empty.
+    because with --shard (LLaMA spread over the GPUs) a forward pass needs all ranks. Some may be empty.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)

@@ -54,9 +54,9 @@ class Neck(nn.Module):
 
 
 def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-    """hidden [targets, C]: LLaMA's last hidden states, where a target is predicted. W [V, C]: LLaMA's
-    output matrix. R [targets]: ids of the targets, of all samples i and all s, EOS included. Returns L, fp32.
-    """
+    """hidden [targets, C]: the output of LLaMA's last norm, at the positions whose next token is a target.
+    W [V, C]: LLaMA's output matrix. R [targets]: ids of the targets, of all samples i and all s, with EOS.
+    Returns L, fp32."""
     # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
     log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
     log_p_R = log_p.gather(1, R[:, None])  # [targets, 1]
@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py calls it for 256 targets at a time, see there
+        self.loss = negative_log_likelihood  # in training, in_chunks(negative_log_likelihood), see train.py
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -115,13 +115,14 @@ class LaVIN(nn.Module):
         """Z of each sample, [T, C]. Y is cut in two, because X' stands inside it, as in the authors' code:
         Y_head is [BOS] "Image: ", Y_rest is the prompt and, in training, the response."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
-        X_prime = iter(self.encode_images(batch).type_as(Y[0]) if IMAGE in batch.modality else ())
+        images = iter(self.encode_images(batch).type_as(Y[0]) if IMAGE in batch.modality else ())
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             # Eq. (7): Z = [t_m, X', Y] with an image, Z = [t_m, Y] without. Here, X' stands between the parts
             # of Y. t_m is not in Z, because no other token sees it: it enters through w, in `pack`
-            Z = [Y_head, next(X_prime), Y_rest] if modality == IMAGE else [Y_head, Y_rest]
-            inputs.append(torch.cat(Z))
+            X_prime = [next(images)] if modality == IMAGE else []
+            Z = torch.cat([Y_head, *X_prime, Y_rest])
+            inputs.append(Z)
         return inputs
 
     def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -139,8 +140,8 @@ class LaVIN(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """L of a micro-batch. train.py divides it by the number of targets in the global batch, so the update
-        does not depend on how the batch is split. In the released code, which averages the means of
-        micro-batches, it does."""
+        does not depend on how the batch is split. The released code averages the means of micro-batches, so
+        there the update depends on the split."""
         return self.loss(self.hidden(batch), self.llama.output.weight, batch.targets)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:

@@ -44,7 +44,7 @@ PRESETS = {
     "7B": LLaMAConfig(),
     "13B": LLaMAConfig(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
     "tiny": LLaMAConfig(dim=128, n_layers=5, n_heads=8, ffn_dim=352, vocab_size=2057, norm_eps=1e-5,
-                        rope_theta=100.0, max_seq_len=256),  # in 256 positions, rope_theta 10000 hardly turns
+                        rope_theta=100.0, max_seq_len=256),  # with 10000, most pairs would hardly turn
 }
 
 
@@ -83,7 +83,7 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of B sequences: in each layer one [B, G, S, D], the layout that attention reads."""
+    """Keys and values of B sequences, in each layer [B, G, S, D]; room: how many tokens may be added."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
         shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
@@ -92,14 +92,14 @@ class KVCache:
         self.lengths = torch.tensor(lengths, device=device)  # tokens of each sequence
         self.filled = max(lengths)  # tokens of the longest sequence
 
-    def grow(self) -> torch.Tensor:
-        """Count one more token of each sequence; return the positions of these tokens, [B]."""
+    def advance(self) -> torch.Tensor:
+        """Lengthen each sequence by one token; return the positions of these tokens, [B]."""
         self.lengths, self.filled = self.lengths + 1, self.filled + 1
         return self.lengths - 1
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views [B, S, G, D], no copies
+        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # [B, S, G, D]
         keys[rows, positions], values[rows, positions] = k, v
         return keys[:, :self.filled], values[:, :self.filled]
 
@@ -187,7 +187,7 @@ class LLaMA(nn.Module):
 
     def decode(self, x, w, cache: KVCache) -> torch.Tensor:
         """Read one more token of each sequence, x [B, 1, C] -> [B, 1, C]; w [L, B, 1, 2]"""
-        rows, positions = torch.arange(len(x), device=x.device), cache.grow()  # [B] each
+        rows, positions = torch.arange(len(x), device=x.device), cache.advance()  # [B] each
         visible = torch.arange(cache.filled, device=x.device) <= positions[:, None]  # [B, filled]
         mask = visible[:, None, None] if len(x) > 1 else None  # a single sequence sees every filled slot
 

@@ -57,17 +57,17 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     model, tokenizer = conversation.model, conversation.tokenizer
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', the turns that fit, prompt
-    stream = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed)
-    stream = Meter(model, batch.lengths[0], stream)  # the same token ids; it keeps them and their times
+    steps = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed)
+    meter = Meter(model, batch.lengths[0], steps)  # passes on the token ids, and keeps them and their times
     try:
-        for text in tokenizer.stream(stream):  # text of whole characters: a token may end inside one
+        for text in tokenizer.stream(meter):  # text of whole characters: a token may end inside one
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
             raise
-    conversation.add(stream.ids)  # after Ctrl-C, the part that was generated
+    conversation.add(meter.ids)  # after Ctrl-C, the part that was generated
     print(flush=True)
-    print(f"[{stream.report()}]", file=sys.stderr)  # tokens per second
+    print(f"[{meter.report()}]", file=sys.stderr)  # tokens per second
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
@@ -111,8 +111,9 @@ def load(cfg: Config) -> tuple[lavin.LaVIN, dict]:
 def faster(model: lavin.LaVIN, cfg: Config) -> lavin.LaVIN:
     """A model with the same answers: LLaMA's adapters are merged ("folded") into wq, wk and wv.
 
-    adapters.fold shows how. It is possible because w is constant for a modality. A chat needs two copies, for
-    an image may come later. The result, speed.step.FoldedLaVIN, is used like LaVIN. 4-bit matrices stay.
+    adapters.fold shows how. It is possible because w is constant for a modality. A chat needs two copies,
+    because an image may be shown later. speed.step.FoldedLaVIN, a LaVIN, holds them and computes a token
+    without w. With --bits 4 nothing is folded: the adapters run as in training.
     """
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:

@@ -29,12 +29,13 @@ from adapters import AdapterConfig, trainable
 from clip import MEAN_STD, VisionTransformer
 from evaluation import chart
 from evaluation.log import Log, stop_if_not_finite
-from lavin import LaVIN, LaVINConfig
+from lavin import LaVIN, LaVINConfig, negative_log_likelihood
 from llama import LLaMA
 from official.adapter_files import load_checkpoint, must_match, write_checkpoint
 from official.saving import lock_folder
 from official.tokenizer import Tokenizer
-from speed import chunked_loss, nf4, price, shard
+from speed import nf4, price, shard
+from speed.chunked_loss import in_chunks
 
 SMALL_WORLD = "tiny/data"
 
@@ -88,9 +89,9 @@ class Config:
 
 
 RECIPES = {"tiny": {}, "paper": dict(
-    # from the paper, as are the defaults of adapter_dim, tau, batch_size and weight_decay
+    # from the paper; the defaults of adapter_dim, tau, batch_size and weight_decay are the paper's, too
     epochs=20.0, lr=9e-3,
-    # from the released code, as are the defaults of scale and beta2, because the paper does not give them
+    # from the released code, because the paper does not say; the defaults of scale and beta2 are as released
     format="QCM-ALE", normalize="imagenet", dropout=0.1, max_len=512, warmup=2.0, micro_batch=4,
     max_new_tokens=256)}
 
@@ -104,7 +105,8 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
-        # not None: in a batch without images, AdamW would skip the ViT's adapters, also their weight decay
+        # AdamW skips a parameter whose gradient is None: in a batch without images, the ViT's adapters would
+        # get neither momentum nor weight decay. So gradients start at zero, and zero_grad keeps them zero
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -176,14 +178,15 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    model.loss = chunked_loss.negative_log_likelihood  # Eq. (5), for 256 targets at a time to save memory
+    # Eq. (5), called for 256 targets at a time: the same L and gradient, but few logits exist at once
+    model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
     total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     n_trained = sum(p.numel() for p in theta_a.values())
     say(f"{device}, {dtype}: {summary(cfg, n_trained, dataset.per_epoch, ranks, total, warmup)}")
-    # they are part of checkpoint.pt, and --resume refuses one with other settings
+    # the settings are written into checkpoint.pt; --resume refuses a checkpoint whose settings differ
     settings = must_match(cfg, dtype, weights.fingerprint(model), dataset.examples)
     first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, settings) if cfg.resume else 0
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
@@ -202,7 +205,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
             loss += L.detach() / n_targets
         if ranks > 1:
             sum_over_ranks([loss, *(p.grad for p in theta_a.values())])
-        # it returns the gradient's norm, which is logged; inf means no clipping
+        # clip_grad_norm_ also returns the norm, for the log; a limit of inf clips nothing
         norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)

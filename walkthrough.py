@@ -13,7 +13,7 @@ import llama
 import train
 from adapters import MMAdapter, RoutingWeights, fold, trainable
 from data import Sample, collate, encode
-from lavin import IMAGE, TEXT, LaVIN, Neck
+from lavin import IMAGE, LaVIN, Neck
 from official.tokenizer import Tokenizer
 from tests import naive
 
@@ -26,7 +26,8 @@ def equation(n: int, title: str, *functions, below: tuple = ()) -> None:
         lines = inspect.getsource(f).splitlines()
         i = next(i for i, line in enumerate(lines) if f"# Eq. ({n}):" in line)
         shown = [i, *(k for k in range(i + 1, len(lines)) if any(word in lines[k] for word in below))]
-        code = ["..\n    " * (k > i and k - 1 not in shown) + lines[k].strip() for k in shown]
+        code = textwrap.dedent("\n".join(lines[k] for k in shown)).splitlines()
+        code = ["..\n    " * (k > i and k - 1 not in shown) + line for k, line in zip(shown, code)]
         print(f"in {f.__qualname__}:", *code, sep="\n    ")
 
 def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
@@ -72,22 +73,21 @@ x = bare.tok_embeddings(batch.tokens[None])  # [1, T, C], without X'
 before = bare(x), vit(batch.images)
 untrained_w = LaVIN(bare, vit, model.cfg).routing_weights()  # LaVIN puts new adapters into bare and vit
 after = bare(x, untrained_w[:, IMAGE, None, None]), vit(batch.images)
-print("Untrained adapters change no bit of what LLaMA and ViT return:", all(map(torch.equal, before, after)))
+print("Untrained adapters (phi_u = 0) change no bit of any output:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", RoutingWeights.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
-f_w, t_m = layer.adapter_attn.f_w, layer.attention_norm(model.modality_tokens()[TEXT])
-print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau = 10 and {} at tau = 1.\n"
-      "Here, in layer 0 and for text, t_m W_m + b_m = ({:.1f}, {:.1f}) and tau = {:g}.".format(
-      *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3), *f_w.weight @ t_m + f_w.bias, f_w.tau))
+print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau = 10, and {} at tau = 1.\n"
+      "Here, tau = 10. To give the first w, the two numbers differ by 10 log(w_0 / w_1) = {:.1f}.".format(
+    *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3), 10 * w[0, 0].log().diff().abs().item()))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
 w_vit = []  # of each block, [image, 1, (w_0, w_1)]
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT: demo image, then red and blue exchanged. In block 0, [cls] has seen no patch yet.",
+print("w_0 in the ViT, for the demo image, and for the same with red and blue exchanged:",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
@@ -118,7 +118,7 @@ equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in rele
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input. Y_head is [BOS] 'Image: ', Y_rest the prompt", LaVIN.embed, below=["Z"])
+equation(7, "the input; Y_head is [BOS] 'Image: '", LaVIN.embed, below=("# of Y", "X_prime =", "Z ="))
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):

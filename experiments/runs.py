@@ -35,9 +35,9 @@ from evaluation import answering, scores
 from evaluation.log import clock
 from experiments import worlds
 from experiments.lora import LoRALaVIN
-from lavin import LaVIN
+from lavin import LaVIN, negative_log_likelihood
 from official.adapter_files import write_atomically
-from speed import chunked_loss
+from speed.chunked_loss import in_chunks
 
 TINY = Path(__file__).parent.parent / "tiny"
 COLUMNS = {"with picture": "IMG", "without": "no IMG", "all": "Avg"}  # names in evaluation/scores.py
@@ -89,7 +89,7 @@ def learn(cfg: train.Config, model: LaVIN, examples: list[data.Example], order: 
     steps = kind(examples, cfg.batch_size, cfg.batch_size, 0, 1, cfg.seed, size, cfg.normalize)
     total, warmup = max(1, round(cfg.epochs * steps.per_epoch)), round(cfg.warmup * steps.per_epoch)
     params = trainable(model)
-    model.loss = chunked_loss.negative_log_likelihood
+    model.loss = in_chunks(negative_log_likelihood)
     optimizer = train.optimizer_for(params, cfg)
     for step in range(total):
         [batch], n_targets = steps[step]

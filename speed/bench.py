@@ -32,10 +32,11 @@ import data
 import llama
 from adapters import AdapterConfig, MMAdapter, trainable
 from clip import CLIPConfig, VisionTransformer
-from lavin import LaVIN, LaVINConfig
+from lavin import LaVIN, LaVINConfig, negative_log_likelihood
 from llama import LLaMA, LLaMAConfig
 from prompts import Sample
-from speed import chunked_loss, decoding, nf4, price
+from speed import decoding, nf4, price
+from speed.chunked_loss import in_chunks
 from speed.machine import matmul_peak, seconds
 from speed.price import A100, EPOCHS, PROBLEMS, Kind, Load, balance, draw, flops, kinds, memory, useful
 
@@ -198,7 +199,7 @@ class Ours:
 
     def __init__(self, cfg: Config, model: LaVIN):
         self.cfg, self.model = cfg, model.train()
-        model.loss = chunked_loss.negative_log_likelihood
+        model.loss = in_chunks(negative_log_likelihood)
         self.optimizer = torch.optim.AdamW(trainable(model).values(), fused=True)
 
     def batch(self, problems: list[Kind]) -> data.Batch:

@@ -78,7 +78,7 @@ class Program(FastStep):
             parameters = {name: parameters[name] for name in wanted}
             self.program.load_constants(parameters, check_full_update=True, user_managed=True)
             self.loaded = modality
-        return self.program(token, cache.grow(), self.rope[:cache.filled], cache.k, cache.v)
+        return self.program(token, cache.advance(), self.rope[:cache.filled], cache.k, cache.v)
 
 
 class Graph(FastStep):
@@ -110,6 +110,6 @@ class Graph(FastStep):
     def __call__(self, modality: int, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
         if self.copied is not cache:
             self.keep(cache)
-        position = cache.grow()
+        position = cache.advance()
         mask = (self.all_slots <= position)[None]  # read every slot, so that shapes never change
         return self.compiled[modality](token, position, self.rope, self.keys, self.values, mask)

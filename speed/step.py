@@ -132,7 +132,7 @@ class FastStep:
         return Weights(llama.tok_embeddings.weight, layers, llama.norm.weight, llama.output.weight)
 
     def __call__(self, modality: int, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        return one_token(self.weights[modality], self.cfg.n_heads, self.cfg.norm_eps, token, cache.grow(),
+        return one_token(self.weights[modality], self.cfg.n_heads, self.cfg.norm_eps, token, cache.advance(),
                          self.rope[:cache.filled], cache.k, cache.v)
 
 

@@ -297,7 +297,7 @@ def test_the_chunked_loss_equals_the_whole_one(lavin, monkeypatch):
     assert len(logits) == sum(n for _, n, _ in ROWS)  # one row of logits for each target
     loss = F.cross_entropy(logits, batch.targets, reduction="sum")
     expected = dict(zip(trainable(lavin), torch.autograd.grad(loss, trainable(lavin).values())))
-    chunked = chunked_loss.negative_log_likelihood
+    chunked = chunked_loss.in_chunks(negative_log_likelihood)
     for implementation, rows in (negative_log_likelihood, 0), (chunked, 3), (chunked, 256):
         lavin.loss = implementation
         monkeypatch.setattr(chunked_loss, "ROWS", rows)
@@ -309,7 +309,7 @@ def test_the_chunked_loss_equals_the_whole_one(lavin, monkeypatch):
 
 
 @pytest.mark.parametrize("loss, keeps", [(negative_log_likelihood, True),
-                                         (chunked_loss.negative_log_likelihood, False)])
+                                         (chunked_loss.in_chunks(negative_log_likelihood), False)])
 def test_the_chunked_loss_keeps_no_logits(loss, keeps):
     """Once the forward pass has returned, only dL/dhidden waits for the backward pass."""
     class Kept:

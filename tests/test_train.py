@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from speed import chunked_loss
 from tiny import world
 
 
@@ -58,14 +57,16 @@ def same_bits(a: Path, b: Path) -> bool:
 
 def test_a_step_moves_everything_and_logs_the_mean_of_its_targets(small_world, tmp_path, monkeypatch):
     """AdamW must not skip the ViT's adapters in a step without an image."""
-    seen, plain = [], chunked_loss.negative_log_likelihood
+    seen, in_chunks = [], train.in_chunks
 
-    def recorded(hidden, W, R):
-        L = plain(hidden, W, R)
-        seen.append((L.item(), len(R)))
-        return L
+    def recorded(loss):
+        def f(hidden, W, R):
+            L = in_chunks(loss)(hidden, W, R)
+            seen.append((L.item(), len(R)))
+            return L
+        return f
 
-    monkeypatch.setattr(chunked_loss, "negative_log_likelihood", recorded)
+    monkeypatch.setattr(train, "in_chunks", recorded)
     run(monkeypatch, flags(small_world, tmp_path, batch_size=2, micro_batch=1, steps=20))
     rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(seen) == 40 and len(rows) == 20
