@@ -24,11 +24,10 @@ image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. The two
-phi_u start equal, but do not stay so. Let g be what a sample would add to the gradient of phi_u if its weight
-were 1. Then the gradient of phi_u1 is the sum of w_0 g over the samples, that of phi_u2 the sum of w_1 g. If
-all samples had the same w, the two sums would be proportional. The steps of AdamW do not depend on the scale
-of a gradient, so the two phi_u would stay equal. But E_m starts at random, so w differs between text and
-images. In the ViT, w varies little, and the two phi_u stay similar.
+phi_u start equal. They part because E_m starts at random: text and images have different w, so the two
+adapters weight the samples differently. (If w were the same for all samples, the gradients of the two phi_u
+would be proportional. AdamW does not see the scale of a gradient, so it would take the same steps for both.)
+In the ViT, w varies little, so the two phi_u stay similar.
 
 Shapes: B rows (in training, all samples lie end to end in one row), T tokens, d width, r hidden units (8).
 """
@@ -71,8 +70,8 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch,
-    because the backward pass computes the adapter a second time and must drop the same units."""
+    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch: to
+    save memory, the backward pass runs the adapter again (`recompute`, below), with the same mask."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -126,6 +125,7 @@ class MMAdapter(nn.Module):
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge an adapter into the projection W [out, d] after it: W', b' so that W' z + b' = W adapter(z, w).
+    LLaMA's projections have no bias; speed/step.py gives them b'.
 
     w [2]. Write phi_d(z) = A z + a and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then W adapter(z, w) =
     W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). The results are rounded to W's dtype.

@@ -11,8 +11,8 @@ Lecture, Explanation):
 Without an image the head is [BOS] "Image: N/A". The targets are the response and EOS. The modality token is
 not in the sequence (see adapters.py).
 
-Everything random here depends only on (seed, epoch) or (seed, step, sample). So what is drawn stays the same
-if a run is resumed, and if a batch is split over processes or micro-batches.
+Everything random here depends only on (seed, epoch) or (seed, step, sample). So it stays the same if a run is
+resumed, or a batch is split over processes or micro-batches.
 """
 import math
 from dataclasses import dataclass
@@ -47,9 +47,9 @@ class Example:
 def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
-    # as in the released code, prompt and response are tokenized as one string
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    n_prompt = len(tokenizer.encode(sample.prompt))  # take the first n_prompt ids of `rest` as the prompt
+    # the prompt alone may have other ids, if a token spans prompt and response; as released, only n counts
+    n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
 
@@ -74,7 +74,8 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
 
 
 class Batch(NamedTuple):
-    """B samples. `tokens` are ids of text; LaVIN.embed inserts X'. `lengths`, `predict_at` include X'.
+    """A micro-batch: the B samples of a forward pass. `tokens` and `part_lengths` are without X', which
+    LaVIN.embed inserts; `lengths` and `predict_at` count it.
 
     Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
     Packed (laid end to end, without padding), they are a row of 70 tokens.
@@ -114,27 +115,6 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
     return batch._replace(images=images, image_index=torch.tensor([distinct.index(file) for file in files]))
 
 
-def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
-    """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
-
-    The ranks get nearly equal numbers of tokens, because all wait for the slowest. So do the micro-batches of
-    a rank, because the largest one decides the peak memory. All ranks get the same number of micro-batches,
-    because with --shard (LLaMA spread over the GPUs) a forward pass needs all ranks. Some may be empty.
-    """
-    shares = balanced_groups(chosen, lengths, ranks)
-    n = math.ceil(max(map(len, shares)) / micro_batch)
-    return [balanced_groups(share, lengths, n) for share in shares]
-
-
-def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
-    """n groups of nearly equal length: deal the longest first, to groups 0 .. n-1, n-1 .. 0, and so on"""
-    groups = [[] for _ in range(n)]
-    for k, i in enumerate(sorted(samples, key=lambda i: (-lengths[i], i))):
-        turn, place = divmod(k, n)
-        groups[place if turn % 2 == 0 else -1 - place].append(i)
-    return groups
-
-
 class Steps(torch.utils.data.Dataset):
     """One item per optimizer step: this rank's micro-batches, and the number of targets over all ranks.
 
@@ -171,9 +151,29 @@ class Steps(torch.utils.data.Dataset):
         return batches, n_targets
 
 
+def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: int) -> list[list[list[int]]]:
+    """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
+
+    The ranks get nearly equal numbers of tokens, because all wait for the slowest. The micro-batches of a
+    rank are nearly equal, too, because the largest one decides the peak memory. Some may be empty: all ranks
+    get the same number, because with --shard (LLaMA spread over the GPUs) a forward pass needs all ranks.
+    """
+    shares = balanced_groups(chosen, lengths, ranks)
+    n = math.ceil(max(map(len, shares)) / micro_batch)
+    return [balanced_groups(share, lengths, n) for share in shares]
+
+
+def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
+    """n groups of nearly equal length: deal the longest first, to groups 0 .. n-1, n-1 .. 0, and so on"""
+    groups = [[] for _ in range(n)]
+    for k, i in enumerate(sorted(samples, key=lambda i: (-lengths[i], i))):
+        turn, place = divmod(k, n)
+        groups[place if turn % 2 == 0 else -1 - place].append(i)
+    return groups
+
+
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks, with a seed for each sample. So they do not depend on how the batch is split,
-    and the backward pass, which computes each adapter a second time, drops the same units."""
+    """Draws dropout's masks, with a seed for each sample. Only they cause dropout, not model.train()."""
     p: float
     r: int  # hidden units of an adapter
     layers: int  # of LLaMA

@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # in training, in_chunks(negative_log_likelihood), see train.py
+        self.loss = negative_log_likelihood  # train.py wraps it, to call it for 256 targets at a time
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -115,12 +115,12 @@ class LaVIN(nn.Module):
         """Z of each sample, [T, C]. Y is cut in two, because X' stands inside it, as in the authors' code:
         Y_head is [BOS] "Image: ", Y_rest is the prompt and, in training, the response."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
-        images = iter(self.encode_images(batch).type_as(Y[0]) if IMAGE in batch.modality else ())
+        image_embeds = iter(self.encode_images(batch).type_as(Y[0]) if IMAGE in batch.modality else ())
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             # Eq. (7): Z = [t_m, X', Y] with an image, Z = [t_m, Y] without. Here, X' stands between the parts
             # of Y. t_m is not in Z, because no other token sees it: it enters through w, in `pack`
-            X_prime = [next(images)] if modality == IMAGE else []
+            X_prime = [next(image_embeds)] if modality == IMAGE else []
             Z = torch.cat([Y_head, *X_prime, Y_rest])
             inputs.append(Z)
         return inputs
@@ -170,7 +170,7 @@ class LaVIN(nn.Module):
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        max_new_tokens = min(max_new_tokens, context - min(batch.lengths))  # what the shortest prompt leaves
+        max_new_tokens = min(max_new_tokens, context - min(batch.lengths))  # longer prompts: see `done`
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
@@ -192,7 +192,7 @@ class LaVIN(nn.Module):
         """The answers of all rows, without EOS; arguments as for `stream`."""
         rows = zip(*self.stream(batch, max_new_tokens, eos, **sampling))
         answers = [[id for id in row if id is not None] for row in rows]
-        return answers or [[] for _ in batch.lengths]  # no step: all rows ended at once
+        return answers or [[] for _ in batch.lengths]  # `stream` yielded nothing if all began with EOS
 
     def save(self, path: str | Path, **meta) -> None:
         """Write the adapters, with everything needed to rebuild this model around the same base."""
@@ -218,8 +218,8 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, after_read: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base has other sizes than the one that the adapters were trained on or, unless any_base
-    is set, other weights. after_read: as in llama.py.
+    ValueError if the base's sizes differ from those of the base that the adapters were trained on. Unless
+    any_base is set, its weights must not differ, either. after_read: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})

@@ -44,7 +44,7 @@ PRESETS = {
     "7B": LLaMAConfig(),
     "13B": LLaMAConfig(dim=5120, n_layers=40, n_heads=40, ffn_dim=13824),
     "tiny": LLaMAConfig(dim=128, n_layers=5, n_heads=8, ffn_dim=352, vocab_size=2057, norm_eps=1e-5,
-                        rope_theta=100.0, max_seq_len=256),  # with 10000, most pairs would hardly turn
+                        rope_theta=100.0, max_seq_len=256),
 }
 
 
@@ -58,7 +58,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # = freq before LLaMA-3.1
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged in LLaMA-1 and 2
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -83,7 +83,7 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of B sequences, in each layer [B, G, S, D]; room: how many tokens may be added."""
+    """Keys and values in each layer, [B, G, S, D]: for prompts of `lengths` tokens, and `room` more tokens"""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
         shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
@@ -94,12 +94,12 @@ class KVCache:
 
     def advance(self) -> torch.Tensor:
         """Lengthen each sequence by one token; return the positions of these tokens, [B]."""
-        self.lengths, self.filled = self.lengths + 1, self.filled + 1
-        return self.lengths - 1
+        positions, self.lengths, self.filled = self.lengths, self.lengths + 1, self.filled + 1
+        return positions
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # [B, S, G, D]
+        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views of it, [B, S, G, D]
         keys[rows, positions], values[rows, positions] = k, v
         return keys[:, :self.filled], values[:, :self.filled]
 

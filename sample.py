@@ -38,7 +38,7 @@ class Config:
     context: str = ""  # hint that goes with the question
     chat: bool = False  # several turns: history and image are kept
     routing: bool = False  # print the routing weights instead of answering, and draw them in routing.png
-    adapters: str = "tiny/adapters.safetensors"  # what train.py wrote
+    adapters: str = "tiny/adapters.safetensors"  # these are ready; train.py writes OUT/adapters.safetensors
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
     any_base: bool = False  # accept another base than the one the adapters were trained on
@@ -58,7 +58,7 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', the turns that fit, prompt
     steps = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed)
-    meter = Meter(model, batch.lengths[0], steps)  # passes on the token ids, and keeps them and their times
+    meter = Meter(model, batch.lengths[0], steps)  # yields the token ids of `steps`, and times them
     try:
         for text in tokenizer.stream(meter):  # text of whole characters: a token may end inside one
             print(text, end="", flush=True)
@@ -112,8 +112,8 @@ def faster(model: lavin.LaVIN, cfg: Config) -> lavin.LaVIN:
     """A model with the same answers: LLaMA's adapters are merged ("folded") into wq, wk and wv.
 
     adapters.fold shows how. It is possible because w is constant for a modality. A chat needs two copies,
-    because an image may be shown later. speed.step.FoldedLaVIN, a LaVIN, holds them and computes a token
-    without w. With --bits 4 nothing is folded: the adapters run as in training.
+    because an image may be shown later. FoldedLaVIN, a subclass of LaVIN in speed/step.py, holds them and
+    overrides `pack` and `decode`. With --bits 4 nothing is folded: the adapters run as in training.
     """
     modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
     if cfg.chat:

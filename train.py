@@ -24,14 +24,12 @@ import torch.distributed as dist
 
 import data
 import prompts
-import weights
 from adapters import AdapterConfig, trainable
 from clip import MEAN_STD, VisionTransformer
 from evaluation import chart
-from evaluation.log import Log, stop_if_not_finite
+from evaluation.log import Record
 from lavin import LaVIN, LaVINConfig, negative_log_likelihood
 from llama import LLaMA
-from official.adapter_files import load_checkpoint, must_match, write_checkpoint
 from official.saving import lock_folder
 from official.tokenizer import Tokenizer
 from speed import nf4, price, shard
@@ -106,7 +104,7 @@ def schedule(step: int, warmup: int, total: int) -> float:
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
         # AdamW skips a parameter whose gradient is None: in a batch without images, the ViT's adapters would
-        # get neither momentum nor weight decay. So gradients start at zero, and zero_grad keeps them zero
+        # get neither momentum nor weight decay. So gradients are zero instead, also after zero_grad
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -178,7 +176,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # Eq. (5), called for 256 targets at a time: the same L and gradient, but few logits exist at once
+    # Eq. (5), for 256 targets at a time: each call computes at once the gradient for `hidden` and frees its
+    # logits, so the logits of all targets never exist together. L and its gradient are the same
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
@@ -186,13 +185,11 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     n_trained = sum(p.numel() for p in theta_a.values())
     say(f"{device}, {dtype}: {summary(cfg, n_trained, dataset.per_epoch, ranks, total, warmup)}")
-    # the settings are written into checkpoint.pt; --resume refuses a checkpoint whose settings differ
-    settings = must_match(cfg, dtype, weights.fingerprint(model), dataset.examples)
-    first = load_checkpoint(out / "checkpoint.pt", theta_a, optimizer, settings) if cfg.resume else 0
+    record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)  # log.jsonl and checkpoint.pt
+    first = record.first  # 0, or with --resume the number of steps done
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                           num_workers=workers, pin_memory=device.type == "cuda")
-    log = Log(out / "log.jsonl", stop, first) if is_main else None
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
     for step, (micro_batches, n_targets) in enumerate(batches, start=first):
@@ -210,19 +207,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
         optimizer.step()
+        record.step(step, loss, norm)
 
-        done = step + 1
-        if is_main:
-            tokens = sum(dataset.lengths[i] for i in dataset.chosen(step))
-            log.step(torch.stack([loss, norm]), tokens)  # kept on the GPU until log.flush
-        to_save = done % cfg.save_every == 0 or done == stop
-        if is_main and (to_save or done % cfg.log_every == 0):
-            losses = log.flush(done, optimizer.param_groups[0]["lr"], device)  # prints a line
-            stop_if_not_finite(losses, done, dataset)
-        if is_main and to_save:
-            write_checkpoint(out / "checkpoint.pt", {
-                "step": done, "run": settings, "optimizer": optimizer.state_dict(),
-                "adapters": {name: p.detach() for name, p in theta_a.items()}})
     if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))

@@ -63,7 +63,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("Z: LLaMA's input, see Eq. (7), after layer 0's norm. w: layer 0's pair (w_0, w_1) for images.")
+print("`mixed` is Eq. (3). Z is the input of layer 0's adapter: 26 embedded tokens, see Eq. (7), normalised.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -79,7 +79,7 @@ print("Untrained adapters (phi_u = 0) change no bit of any output:", all(map(tor
 equation(3, "the router", RoutingWeights.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
 print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau = 10, and {} at tau = 1.\n"
-      "Here, tau = 10. To give the first w, the two numbers differ by 10 log(w_0 / w_1) = {:.1f}.".format(
+      "Here, tau = 10. The first w needs two numbers that differ by 10 log(0.936 / 0.064) = {:.1f}.".format(
     *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3), 10 * w[0, 0].log().diff().abs().item()))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
@@ -93,7 +93,7 @@ print("w_0 in the ViT, for the demo image, and for the same with red and blue ex
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
 print("The gradient reaches even the ViT's first adapter. As a check, naive.py adds a small number e to all\n"
-      "entries of its phi_d.bias. L is the loss, Eq. (5), of the response 'The answer is B.'")
+      "entries of that adapter's phi_d.bias. L is the loss, Eq. (5), of the response 'The answer is B.'")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"

@@ -1,4 +1,4 @@
-"""The log of a training run."""
+"""The log and the checkpoints of a training run."""
 import json
 import sys
 import time
@@ -6,7 +6,11 @@ from pathlib import Path
 
 import torch
 
+import weights
+from adapters import trainable
 from data import Steps
+from lavin import LaVIN
+from official.adapter_files import load_checkpoint, run_settings, write_checkpoint
 from official.saving import append, named, write_atomically
 
 
@@ -66,3 +70,33 @@ def stop_if_not_finite(losses: torch.Tensor, last: int, dataset: Steps) -> None:
         ids = " ".join(dataset.examples[i].sample.id for i in dataset.chosen(step))
         raise ValueError(f"the loss of step {step} is not finite; its samples: {ids}. Nothing was saved "
                          "since the last checkpoint. Look at them, or start again with a lower --lr")
+
+
+class Record:
+    """log.jsonl and checkpoint.pt of a run. With --resume, the run goes on from its checkpoint."""
+
+    def __init__(self, cfg, dtype: torch.dtype, model: LaVIN, optimizer: torch.optim.Optimizer,
+                 dataset: Steps, stop: int, writes: bool):
+        """cfg: train.Config; stop: number of steps of the whole run; writes: True on one of the ranks"""
+        self.cfg, self.theta_a, self.optimizer = cfg, trainable(model), optimizer
+        self.dataset, self.stop, self.writes = dataset, stop, writes
+        self.file = Path(cfg.out) / "checkpoint.pt"
+        self.settings = run_settings(cfg, dtype, weights.fingerprint(model), dataset.examples)
+        self.first = load_checkpoint(self.file, self.theta_a, optimizer, self.settings) if cfg.resume else 0
+        self.log = Log(Path(cfg.out) / "log.jsonl", stop, self.first) if writes else None
+
+    def step(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Log step number `step`, with its loss and gradient norm; now and then write a checkpoint."""
+        if not self.writes:
+            return
+        tokens = sum(self.dataset.lengths[i] for i in self.dataset.chosen(step))
+        self.log.step(torch.stack([loss, norm]), tokens)
+        done = step + 1
+        to_save = done % self.cfg.save_every == 0 or done == self.stop
+        if to_save or done % self.cfg.log_every == 0:
+            losses = self.log.flush(done, self.optimizer.param_groups[0]["lr"], loss.device)
+            stop_if_not_finite(losses, done, self.dataset)
+        if to_save:
+            adapters = {name: p.detach() for name, p in self.theta_a.items()}
+            write_checkpoint(self.file, {"step": done, "run": self.settings, "adapters": adapters,
+                                         "optimizer": self.optimizer.state_dict()})

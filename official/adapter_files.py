@@ -75,8 +75,8 @@ MUST_MATCH = ("vision vit_adapters adapter adapter_dim scale tau dropout normali
               "epochs warmup batch_size lr weight_decay beta2 clip_grad seed bits").split()
 
 
-def must_match(cfg, dtype: torch.dtype, base: str, examples: list) -> dict[str, FLAG]:
-    """What a run shares with the run that it resumes; folders, machine and logging may change.
+def run_settings(cfg, dtype: torch.dtype, base: str, examples: list) -> dict[str, FLAG]:
+    """What a run must share with the run that it resumes; folders, machine and logging may change.
 
     cfg: train.Config; base: fingerprint of the frozen weights; examples: of the training, data.Example
     """
@@ -116,13 +116,13 @@ def read_checkpoint(path: Path) -> dict:
     return state
 
 
-def load_checkpoint(path: Path, params: dict, optimizer: torch.optim.Optimizer, must_match: dict) -> int:
+def load_checkpoint(path: Path, params: dict, optimizer: torch.optim.Optimizer, settings: dict) -> int:
     """Restore `params` and the optimizer; return the number of steps done. ValueError if it is another run's.
 
-    must_match: what the run that wrote the file must have in common with this one
+    settings: `run_settings` of this run, which the run that wrote the file must share
     """
     state = read_checkpoint(path)
-    for name, value in must_match.items():
+    for name, value in settings.items():
         if state["run"].get(name) != value:
             before = state["run"].get(name)
             raise BadFile(f"{path}: --resume continues a run with {name} {before}, not {value}")
