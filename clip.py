@@ -3,8 +3,8 @@
     Radford et al. 2021: https://arxiv.org/abs/2103.00020
 
 Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameters
-have OpenAI's names. LaVIN ignores the final output and reads the [cls] token after every fourth block: six
-for ViT-L/14.
+have OpenAI's names. LaVIN takes the [cls] token after every fourth block, the last one included: six for
+ViT-L/14. It does not use CLIP's own output, for which ln_post and a projection follow.
 
 Shapes: N images, T = 1 + (image_size / patch_size)^2 tokens with [cls] first, C = width, n visual tokens of
 an image, r hidden units of an adapter.

@@ -11,8 +11,7 @@ Lecture, Explanation):
 Without an image the head is [BOS] "Image: N/A". The targets are the response and EOS. The modality token is
 not in the sequence (see adapters.py).
 
-Everything random here depends only on (seed, epoch) or (seed, step, sample). So it stays the same if a run is
-resumed, or a batch is split over processes or micro-batches.
+Everything random depends only on (seed, epoch) or (seed, step, sample), not on resuming or splitting a batch.
 """
 import math
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    # the prompt alone may have other ids, if a token spans prompt and response; as released, only n counts
+    # as released. If a token spans the border, the prompt alone may have more or fewer ids than in `rest`
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
@@ -75,7 +74,7 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
 
 class Batch(NamedTuple):
     """A micro-batch: the B samples of a forward pass. `tokens` and `part_lengths` are without X', which
-    LaVIN.embed inserts; `lengths` and `predict_at` count it.
+    LaVIN.embed inserts; `lengths` and `predict_at` include X'.
 
     Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
     Packed (laid end to end, without padding), they are a row of 70 tokens.
@@ -84,7 +83,7 @@ class Batch(NamedTuple):
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
-    predict_at: torch.Tensor  # [targets], where in the packed row the next token is a target
+    predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
@@ -140,7 +139,7 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].n_targets for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            # an empty micro-batch borrows a sample and drops its targets, so its loss is 0
+            # an empty micro-batch (see split_batch) runs some sample without targets, so its loss is 0
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
             if not indices:
@@ -173,7 +172,8 @@ def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list
 
 
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks, with a seed for each sample. Only they cause dropout, not model.train()."""
+    """Draws dropout's masks, with a seed for each sample. A batch without masks has no dropout; train() and
+    eval() of a model change nothing."""
     p: float
     r: int  # hidden units of an adapter
     layers: int  # of LLaMA

@@ -95,15 +95,17 @@ class LaVIN(nn.Module):
     def modality_tokens(self) -> torch.Tensor:
         m = torch.eye(2, device=self.device)  # one-hot: a row for TEXT, a row for IMAGE
         E_m = self.adapter_modality_embedding.weight
-        t_m = m @ E_m  # Eq. (1): t_m = m E_m, [2, C]
+        t_m = m @ E_m  # Eq. (1): t_m = m E_m, for both modalities at once: [2, C]
         return t_m.to(self.llama.norm.weight.dtype)
 
     def routing_weights(self) -> torch.Tensor | None:
         """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE. None without routers."""
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
-    def encode_images(self, batch: Batch) -> torch.Tensor:
+    def encode_images(self, batch: Batch) -> torch.Tensor | list:
         """X' of each sample with an image, [.., n, C]. For text, the released code encodes a black image."""
+        if IMAGE not in batch.modality:
+            return []
         if batch.image_embeds is not None:  # in a chat, X' is known from the first turn
             return batch.image_embeds
         if batch.vit_dropout_mask is None:  # each distinct image once
@@ -115,12 +117,12 @@ class LaVIN(nn.Module):
         """Z of each sample, [T, C]. Y is cut in two, because X' stands inside it, as in the authors' code:
         Y_head is [BOS] "Image: ", Y_rest is the prompt and, in training, the response."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
-        image_embeds = iter(self.encode_images(batch).type_as(Y[0]) if IMAGE in batch.modality else ())
+        image_embeds = iter(self.encode_images(batch))  # [n, C] each
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             # Eq. (7): Z = [t_m, X', Y] with an image, Z = [t_m, Y] without. Here, X' stands between the parts
-            # of Y. t_m is not in Z, because no other token sees it: it enters through w, in `pack`
-            X_prime = [next(image_embeds)] if modality == IMAGE else []
+            # of Y. t_m is not in Z, because no other token sees it: it acts only through the routing weights
+            X_prime = [next(image_embeds).type_as(Y_head)] if modality == IMAGE else []
             Z = torch.cat([Y_head, *X_prime, Y_rest])
             inputs.append(Z)
         return inputs
@@ -170,7 +172,8 @@ class LaVIN(nn.Module):
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        max_new_tokens = min(max_new_tokens, context - min(batch.lengths))  # longer prompts: see `done`
+        # the shortest prompt leaves the most room; answers to longer ones end earlier, see `done`
+        max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
@@ -192,7 +195,7 @@ class LaVIN(nn.Module):
         """The answers of all rows, without EOS; arguments as for `stream`."""
         rows = zip(*self.stream(batch, max_new_tokens, eos, **sampling))
         answers = [[id for id in row if id is not None] for row in rows]
-        return answers or [[] for _ in batch.lengths]  # `stream` yielded nothing if all began with EOS
+        return answers or [[] for _ in batch.lengths]  # nothing was yielded if no row has a token
 
     def save(self, path: str | Path, **meta) -> None:
         """Write the adapters, with everything needed to rebuild this model around the same base."""
@@ -218,8 +221,8 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, after_read: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base's sizes differ from those of the base that the adapters were trained on. Unless
-    any_base is set, its weights must not differ, either. after_read: as in llama.py.
+    ValueError if the base differs in its sizes from the one that the adapters were trained on or, unless
+    any_base is set, in its weights. after_read: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})

@@ -99,7 +99,7 @@ class KVCache:
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views of it, [B, S, G, D]
+        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # of the cache, [B, S, G, D]
         keys[rows, positions], values[rows, positions] = k, v
         return keys[:, :self.filled], values[:, :self.filled]
 
@@ -135,8 +135,8 @@ class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
 
     For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the output
-    of attention and the log-sum-exp of each head's scores; w1 x and w3 x. A frozen matrix gets no gradient,
-    so its input is not kept. Norms, adapter and silu(w1 x) * w3 x are computed again."""
+    of attention and, because it is fused, the log-sum-exp of each head's scores; w1 x and w3 x. A frozen
+    matrix gets no gradient, so its input is not kept. The rest (norms, adapter, gating) is computed again."""
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()

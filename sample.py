@@ -12,20 +12,16 @@ If it is too long for the context, the oldest turns are left out. A prompt is "Q
 Options: .. Response:" if the adapters were trained on ScienceQA's format, else "Instruction: ..".
 """
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import cli
 
-import lavin
 from evaluation.conversation import Conversation
 from evaluation.routing import show_routing
 from official.images import open_image
 from official.tokenizer import Tokenizer
-from speed import nf4
-from speed.machine import Meter
-from speed.step import folded
+from speed.loading import faster, load
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -53,21 +49,16 @@ class Config:
 
 
 def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
-    """Print the answer to one prompt as it is generated, and keep it as a turn."""
-    model, tokenizer = conversation.model, conversation.tokenizer
-    max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
-    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', the turns that fit, prompt
-    steps = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p, cfg.seed)
-    meter = Meter(model, batch.lengths[0], steps)  # yields the token ids of `steps`, and times them
+    """Print the answer to one prompt as it is generated."""
     try:
-        for text in tokenizer.stream(meter):  # text of whole characters: a token may end inside one
+        for text in conversation.answer(prompt, cfg.context, cfg.max_new_tokens, temperature=cfg.temperature,
+                                        top_p=cfg.top_p, seed=cfg.seed):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
             raise
-    conversation.add(meter.ids)  # after Ctrl-C, the part that was generated
     print(flush=True)
-    print(f"[{meter.report()}]", file=sys.stderr)  # tokens per second
+    print(f"[{conversation.report()}]", file=sys.stderr)  # tokens per second
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
@@ -96,35 +87,6 @@ def chat(conversation: Conversation, cfg: Config) -> None:
         line = ""
 
 
-def load(cfg: Config) -> tuple[lavin.LaVIN, dict]:
-    """The model and the metadata of its adapter file."""
-    device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    Meter.prepare(device)  # measures the memory's bandwidth for the report after each answer
-    started = time.time()
-    after_read = nf4.after_read(cfg.bits)  # a function that quantises, or None if --bits is 16
-    model, meta = lavin.load(cfg.adapters, cfg.llama, cfg.clip, device, dtype, cfg.any_base, after_read)
-    print(f"{cfg.llama} + {cfg.clip} + {cfg.adapters} on {device} in {str(dtype).removeprefix('torch.')}, "
-          f"loaded in {time.time() - started:.1f} s", file=sys.stderr)
-    return model, meta
-
-
-def faster(model: lavin.LaVIN, cfg: Config) -> lavin.LaVIN:
-    """A model with the same answers: LLaMA's adapters are merged ("folded") into wq, wk and wv.
-
-    adapters.fold shows how. It is possible because w is constant for a modality. A chat needs two copies,
-    because an image may be shown later. FoldedLaVIN, a subclass of LaVIN in speed/step.py, holds them and
-    overrides `pack` and `decode`. With --bits 4 nothing is folded: the adapters run as in training.
-    """
-    modalities = [lavin.IMAGE if cfg.image else lavin.TEXT]
-    if cfg.chat:
-        modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
-    model = folded(model, *modalities)
-    if cfg.compile:
-        from speed.compiling import compile_step
-        compile_step(model)
-    return model
-
-
 def main() -> None:
     cfg = cli.parse(Config)
     if not (cfg.prompt or cfg.image or cfg.chat or cfg.routing):
@@ -141,7 +103,8 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    conversation = Conversation(faster(model, cfg), meta, tokenizer)
+    model = faster(model, cfg)  # the same answers; merges LLaMA's adapters into wq, wk, wv (adapters.fold)
+    conversation = Conversation(model, meta, tokenizer)
     conversation.show(cfg.image or None)
     if cfg.chat:
         chat(conversation, cfg)

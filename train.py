@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # first, because it handles Ctrl-C, also while torch is imported
+import cli
 
 import torch
 import torch.distributed as dist
@@ -104,7 +104,7 @@ def schedule(step: int, warmup: int, total: int) -> float:
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
         # AdamW skips a parameter whose gradient is None: in a batch without images, the ViT's adapters would
-        # get neither momentum nor weight decay. So gradients are zero instead, also after zero_grad
+        # get neither momentum nor weight decay. So they start as zeros, and the loop's zero_grad keeps zeros
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -120,12 +120,7 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
-    for flag, known in ("normalize", [*MEAN_STD]), ("adapter", ["mm", "rep"]):
-        if getattr(cfg, flag) not in known:
-            raise ValueError(f"unknown --{flag} {getattr(cfg, flag)!r}; known: {', '.join(known)}")
-    if cfg.adapter_dim % 2:
-        raise ValueError(f"--adapter_dim {cfg.adapter_dim}: expected an even number; phi_u has two groups")
-    # a function that shards or quantises each module once it is read; None: leave it as it is
+    # a function that shards or quantises a module as soon as it is read. Without --shard and --bits 4: None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.checkpoint
@@ -176,8 +171,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # Eq. (5), for 256 targets at a time: each call computes at once the gradient for `hidden` and frees its
-    # logits, so the logits of all targets never exist together. L and its gradient are the same
+    # Eq. (5), for 256 targets at a time, so that the logits of all targets never exist together: the forward
+    # pass computes L and dL/dhidden of each chunk and frees its logits; backward() only scales dL/dhidden
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
@@ -185,8 +180,9 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     n_trained = sum(p.numel() for p in theta_a.values())
     say(f"{device}, {dtype}: {summary(cfg, n_trained, dataset.per_epoch, ranks, total, warmup)}")
-    record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)  # log.jsonl and checkpoint.pt
-    first = record.first  # 0, or with --resume the number of steps done
+    # writes log.jsonl and checkpoint.pt; with --resume, it restores adapters and optimizer from checkpoint.pt
+    record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)
+    first = record.first  # the number of steps done
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                           num_workers=workers, pin_memory=device.type == "cuda")
@@ -220,12 +216,17 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
 def main() -> None:
     cfg = cli.parse(Config, RECIPES)
+    for flag, known in ("normalize", [*MEAN_STD]), ("adapter", ["mm", "rep"]):
+        if getattr(cfg, flag) not in known:
+            raise ValueError(f"unknown --{flag} {getattr(cfg, flag)!r}; known: {', '.join(known)}")
+    if cfg.adapter_dim % 2:
+        raise ValueError(f"--adapter_dim {cfg.adapter_dim}: expected an even number; phi_u has two groups")
     if cfg.dry_run:
         return print(price.quote(cfg))
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
-        world.ensure(SMALL_WORLD)  # generates it if this is its first use
+        world.ensure(SMALL_WORLD)  # generates it if this is its first use; other ranks wait below
     with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
         train(cfg, device, dtype)
 

@@ -79,7 +79,7 @@ print("Untrained adapters (phi_u = 0) change no bit of any output:", all(map(tor
 equation(3, "the router", RoutingWeights.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
 print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau = 10, and {} at tau = 1.\n"
-      "Here, tau = 10. The first w needs two numbers that differ by 10 log(0.936 / 0.064) = {:.1f}.".format(
+      "Here, tau = 10. For w = (0.936, 0.064), the logits differ by 10 log(0.936 / 0.064) = {:.1f}.".format(
     *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3), 10 * w[0, 0].log().diff().abs().item()))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
@@ -87,7 +87,7 @@ w_vit = []  # of each block, [image, 1, (w_0, w_1)]
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT, for the demo image, and for the same with red and blue exchanged:",
+print("w_0 in the ViT: demo image, red and blue exchanged. In block 0, [cls] has not seen the patches yet.",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Callable
 from weakref import WeakValueDictionary
 
-import cli  # isort: skip  # before torch: Ctrl-C during its import ends in one line
+import cli
+
 import torch
 import torch.nn as nn
 

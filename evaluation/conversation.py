@@ -2,6 +2,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
@@ -10,6 +11,7 @@ import prompts
 from lavin import LaVIN
 from official.images import open_image
 from official.tokenizer import Tokenizer
+from speed.machine import Meter
 
 
 class Conversation:
@@ -59,6 +61,24 @@ class Conversation:
                 self.image_embeds = self.model.encode_images(batch)
             batch = batch._replace(image_embeds=self.image_embeds)
         return batch
+
+    def answer(self, text: str, context: str = "", max_new_tokens: int = 0, **sampling) -> Iterator[str]:
+        """Yield the answer piece by piece, and keep the turn. If this is stopped, the turn is what there is.
+
+        max_new_tokens: 0 means the number of the training; sampling: temperature, top_p, seed of LaVIN.stream
+        """
+        max_new_tokens = max_new_tokens or self.meta["max_new_tokens"]
+        batch = self.batch(text, context, max_new_tokens)
+        steps = self.model.stream(batch, max_new_tokens, self.tokenizer.eos, **sampling)
+        self.meter = Meter(self.model, batch.lengths[0], steps)  # yields the token ids of `steps`, times them
+        try:
+            yield from self.tokenizer.stream(self.meter)  # whole characters: a token may end inside one
+        finally:
+            self.add(self.meter.ids)
+
+    def report(self) -> str:
+        """Tokens per second of the last answer, compared with the limit that the memory's bandwidth sets."""
+        return self.meter.report()
 
     def add(self, answer: list[int]) -> None:
         """Keep the last prompt and its answer as a turn. An empty answer, such as after an error, is none."""

@@ -109,7 +109,9 @@ def check_metadata(file: Path, meta: object) -> None:
     lavin.one_of("vit_routing", "cls", "token")
     lavin.one_of("normalize", "imagenet", "clip")
     lavin.whole("neck_dim", most=2**14)
-    cfg.text("base", "")  # null in released files
+    if "base" not in cfg.values:  # null in released files, but never absent
+        raise BadFile(f"{file}: metadata base is missing; restore the original file")
+    cfg.text("base", "")
     cfg.flag("captions")
     cfg.whole("max_new_tokens")
     try:

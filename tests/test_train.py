@@ -192,6 +192,8 @@ def test_mistakes_are_one_line(small_world, tmp_path, monkeypatch):
         assert "\n" not in text.strip() and "Traceback" not in text
         return text
 
+    assert "known: mm, rep" in message("--dry_run", adapter="nonesuch")
+    assert "expected an even number" in message("--dry_run", adapter_dim=7)
     assert "no such folder of LLaMA weights" in message(llama=tmp_path / "none")
     assert "no such folder of CLIP weights" in message(clip=tmp_path / "none")
     assert "problems.json: no such file" in message(data=tmp_path / "none")
@@ -256,8 +258,6 @@ def test_weight_decay_shrinks_matrices_only():
     optimizer = train.optimizer_for(params, train.Config(weight_decay=0.1))
     for group in optimizer.param_groups:
         group["lr"] = 0.5
-    for p in params.values():
-        p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.allclose(params["matrix"], torch.tensor(0.95)) and params["vector"].eq(1).all()
 

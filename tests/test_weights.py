@@ -860,6 +860,15 @@ def with_metadata(folder: Path, section: str, key: str, value) -> Path:
     return file
 
 
+def test_adapter_metadata_without_a_base(tmp_path):
+    """An earlier version ended in a KeyError."""
+    file = with_metadata(tmp_path, "", "base", "x")
+    tensors, meta = adapter_files.read_adapters(file)
+    del meta["base"]
+    adapter_files.write_adapters(file, tensors, meta)
+    adapters_fail(file, "a.safetensors: metadata base is missing", "restore the original file")
+
+
 @pytest.mark.parametrize("section", ["lavin", "lavin adapter"])
 def test_adapter_metadata_with_an_unknown_key(tmp_path, section):
     """An earlier version passed the key on to a dataclass, which raised a TypeError."""
