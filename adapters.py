@@ -23,12 +23,12 @@ t_m: f_w reads the image's own [cls]. From block 1 on, [cls] has attended to the
 image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
-phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. The two
-phi_u start equal, but part. Summed over the samples, the gradient of phi_u1 is sum_i w_0^i g_i, that of
-phi_u2 is sum_i w_1^i g_i, with the same g_i. E_m and f_w start at random, so text and images have different
-w, and the two sums have different directions. (With one w for all samples, they would differ only by a
-factor. AdamW cancels it, so the two phi_u would stay equal.) In the ViT, w varies little, so the two phi_u
-stay similar.
+phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. Both
+phi_u start at zero, but do not stay equal. Let g(i) be the gradient that sample i would give to a phi_u whose
+weight is 1. Then phi_u1 gets sum_i w_0(i) g(i), phi_u2 gets sum_i w_1(i) g(i). E_m and f_w start at random,
+so text and images have different w, and the two sums have different directions. (If w were the same for all
+samples, they would differ only in scale. AdamW divides by the scale, so the two phi_u would stay equal.) In
+the ViT, w varies little, so the two phi_u stay similar.
 
 Shapes: B rows (in training, all samples lie end to end in one row), T tokens, d width, r hidden units (8).
 """
@@ -71,8 +71,8 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r] is False where a unit is dropped; None: no dropout. To save memory, the backward pass
-    runs the adapter again (`recompute`, below). It must drop the same units, so data.py draws the mask."""
+    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch, so
+    it stays the same if a batch is split and when the backward pass runs the adapter again (`recompute`)."""
     return h if mask is None else h * mask / (1 - p)
 
 

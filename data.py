@@ -47,13 +47,13 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    # as released. If a token spans the border, the prompt alone may have more or fewer ids than in `rest`
+    # as released, count the ids of the prompt alone; off by a few if a token spans prompt and response
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
 
 def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) -> tuple[list[Example], dict]:
-    """Training examples of at most max_len tokens; counts of samples kept, cut, dropped, with a picture.
+    """Training examples of at most max_len tokens; counts of samples kept, cut (without EOS), dropped, ..
 
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len, so that no target is
     left. In the released code, max_len counts t_m, too, and a micro-batch without targets has loss NaN.

@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py wraps it, to call it for 256 targets at a time
+        self.loss = negative_log_likelihood  # train.py: the same for 256 targets at a time, in less memory
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -122,8 +122,8 @@ class LaVIN(nn.Module):
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             # Eq. (7): Z = [t_m, X', Y] with an image, Z = [t_m, Y] without. Here, X' stands between the parts
             # of Y. t_m is not in Z, because no other token sees it: it acts only through the routing weights
-            X_prime = [next(image_embeds).type_as(Y_head)] if modality == IMAGE else []
-            Z = torch.cat([Y_head, *X_prime, Y_rest])
+            X_prime = next(image_embeds) if modality == IMAGE else Y_head[:0]  # [n, C]; text: no rows
+            Z = torch.cat([Y_head, X_prime.type_as(Y_head), Y_rest])
             inputs.append(Z)
         return inputs
 

@@ -21,7 +21,7 @@ from evaluation.conversation import Conversation
 from evaluation.routing import show_routing
 from official.images import open_image
 from official.tokenizer import Tokenizer
-from speed.loading import faster, load
+from speed.loading import fold_adapters, load_model
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -34,7 +34,7 @@ class Config:
     context: str = ""  # hint that goes with the question
     chat: bool = False  # several turns: history and image are kept
     routing: bool = False  # print the routing weights instead of answering, and draw them in routing.png
-    adapters: str = "tiny/adapters.safetensors"  # these are ready; train.py writes OUT/adapters.safetensors
+    adapters: str = "tiny/adapters.safetensors"  # already trained; train.py writes OUT/adapters.safetensors
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
     any_base: bool = False  # accept another base than the one the adapters were trained on
@@ -50,9 +50,12 @@ class Config:
 
 def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     """Print the answer to one prompt as it is generated."""
+    model, eos = conversation.model, conversation.tokenizer.eos
+    max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
+    batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', earlier turns, prompt
+    tokens = model.stream(batch, max_new_tokens, eos, cfg.temperature, cfg.top_p, cfg.seed)  # Eq. (8)
     try:
-        for text in conversation.answer(prompt, cfg.context, cfg.max_new_tokens, temperature=cfg.temperature,
-                                        top_p=cfg.top_p, seed=cfg.seed):
+        for text in conversation.text(tokens):  # keeps the tokens as a turn
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
@@ -99,11 +102,12 @@ def main() -> None:
     if cfg.compile and cfg.bits == 4:
         raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
                          "--compile or --bits 4")
-    model, meta = load(cfg)
+    model, meta = load_model(cfg)
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    model = faster(model, cfg)  # the same answers; merges LLaMA's adapters into wq, wk, wv (adapters.fold)
+    # for speed, merge LLaMA's adapters into wq, wk, wv (adapters.fold). The answers stay the same
+    model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.show(cfg.image or None)
     if cfg.chat:

@@ -7,7 +7,7 @@
 Data parallelism is done by hand, without DistributedDataParallel. A global batch mixes samples with and
 without an image. It is split over the ranks, and on each rank into micro-batches, one per accumulation step.
 Each rank adds up the gradients of its samples, one all-reduce sums the adapters' gradients over the ranks,
-and every rank takes the same step. However a batch is split, the update is the same, apart from rounding.
+and every rank takes the same step. The update does not depend on how a batch is split, apart from rounding.
 
 The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl, and curve.png, a chart of the log.
 --resume goes on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli
+import cli  # handles Ctrl-C from here on
 
 import torch
 import torch.distributed as dist
@@ -103,8 +103,8 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
-        # AdamW skips a parameter whose gradient is None: in a batch without images, the ViT's adapters would
-        # get neither momentum nor weight decay. So they start as zeros, and the loop's zero_grad keeps zeros
+        # AdamW skips a parameter whose gradient is None: in a batch without images, the ViT's adapters. So
+        # every gradient starts as a tensor of zeros, and the loop's zero_grad resets it to zeros, not to None
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -120,7 +120,7 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
-    # a function that shards or quantises a module as soon as it is read. Without --shard and --bits 4: None
+    # with --shard or --bits 4, a function that shards or quantises a module as soon as it is read; else None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.checkpoint
@@ -180,9 +180,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     n_trained = sum(p.numel() for p in theta_a.values())
     say(f"{device}, {dtype}: {summary(cfg, n_trained, dataset.per_epoch, ranks, total, warmup)}")
-    # writes log.jsonl and checkpoint.pt; with --resume, it restores adapters and optimizer from checkpoint.pt
-    record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)
-    first = record.first  # the number of steps done
+    record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)  # log.jsonl and checkpoint.pt
+    first = record.start()  # 0; with --resume, restores adapters and optimizer and returns the steps done
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                           num_workers=workers, pin_memory=device.type == "cuda")
@@ -226,7 +225,7 @@ def main() -> None:
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
-        world.ensure(SMALL_WORLD)  # generates it if this is its first use; other ranks wait below
+        world.ensure(SMALL_WORLD)  # generates it at its first use; other ranks wait in process_group
     with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
         train(cfg, device, dtype)
 

@@ -87,7 +87,7 @@ w_vit = []  # of each block, [image, 1, (w_0, w_1)]
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT: demo image, red and blue exchanged. In block 0, [cls] has not seen the patches yet.",
+print("w_0 in the ViT, for two images: the demo image, and the same with red and blue exchanged.",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.

@@ -31,7 +31,7 @@ NO_SHARE_BUTTON = ".download-link + button {display: none}"  # below a picture; 
 @dataclass
 class Config:
     """Open a web page to chat with LaVIN. It answers one question at a time, whoever asks."""
-    adapters: str = "tiny/adapters.safetensors"  # these are ready; train.py writes OUT/adapters.safetensors
+    adapters: str = "tiny/adapters.safetensors"  # already trained; train.py writes OUT/adapters.safetensors
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
     any_base: bool = False  # accept another base than the one the adapters were trained on
@@ -88,6 +88,7 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
     modalities = [lavin.TEXT, lavin.IMAGE] if model.vit else [lavin.TEXT]
     model = folded(model, *modalities)
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
+    max_new_tokens = cfg.max_new_tokens or meta["max_new_tokens"]
     lock = threading.Lock()  # an answer puts its modality's projections into LLaMA, so the next must wait
 
     def chat(message: dict, history: list[dict]):
@@ -98,11 +99,12 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
                 replay(conversation, history)
                 for file in message["files"]:  # paths, but {"path": ..} on "retry"
                     conversation.show(file if isinstance(file, str) else file["path"])
-                chart = charts.get(lavin.IMAGE if conversation.image else lavin.TEXT)
-                for piece in conversation.answer(message["text"], "", cfg.max_new_tokens, seed=cfg.seed,
-                                                 temperature=cfg.temperature, top_p=cfg.top_p):
+                batch = conversation.batch(message["text"], "", max_new_tokens)
+                tokens = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p,
+                                      cfg.seed)
+                for piece in conversation.text(tokens):
                     text += piece
-                    yield text, chart
+                    yield text, charts.get(batch.modality[0])
         except (ValueError, OSError) as e:  # leave out the advice on flags and the folder of the upload
             raise gr.Error(re.sub(r";[^;]*--.*|/\S+/", "", str(e)), print_exception=False) from None
 

@@ -53,7 +53,7 @@ class Conversation:
             print(f"[the context is full: the {dropped} oldest turns are forgotten]", file=sys.stderr)
         self.asked = e.rest
         e.rest = [id for turn in self.turns for id in turn] + self.asked
-        e.n_prompt = len(e.rest)
+        e.n_prompt, self.length = len(e.rest), e.length
         size = self.model.vit.cfg.image_size if self.image else 0
         batch = data.collate([e], size, self.model.cfg.normalize, self.image_embeds).to(self.model.device)
         if self.image and self.image_embeds is None:  # the ViT runs once per image, not once per turn
@@ -62,17 +62,13 @@ class Conversation:
             batch = batch._replace(image_embeds=self.image_embeds)
         return batch
 
-    def answer(self, text: str, context: str = "", max_new_tokens: int = 0, **sampling) -> Iterator[str]:
-        """Yield the answer piece by piece, and keep the turn. If this is stopped, the turn is what there is.
-
-        max_new_tokens: 0 means the number of the training; sampling: temperature, top_p, seed of LaVIN.stream
+    def text(self, tokens: Iterator[list[int]]) -> Iterator[str]:
+        """The tokens of `LaVIN.stream` as text, in pieces of whole characters: a token may end inside one.
+        They are kept as a turn, even if this is stopped early.
         """
-        max_new_tokens = max_new_tokens or self.meta["max_new_tokens"]
-        batch = self.batch(text, context, max_new_tokens)
-        steps = self.model.stream(batch, max_new_tokens, self.tokenizer.eos, **sampling)
-        self.meter = Meter(self.model, batch.lengths[0], steps)  # yields the token ids of `steps`, times them
+        self.meter = Meter(self.model, self.length, tokens)  # yields their ids, and times them
         try:
-            yield from self.tokenizer.stream(self.meter)  # whole characters: a token may end inside one
+            yield from self.tokenizer.stream(self.meter)
         finally:
             self.add(self.meter.ids)
 

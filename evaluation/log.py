@@ -73,7 +73,7 @@ def stop_if_not_finite(losses: torch.Tensor, last: int, dataset: Steps) -> None:
 
 
 class Record:
-    """log.jsonl and checkpoint.pt of a run. With --resume, the run goes on from its checkpoint."""
+    """log.jsonl and checkpoint.pt of a run."""
 
     def __init__(self, cfg, dtype: torch.dtype, model: LaVIN, optimizer: torch.optim.Optimizer,
                  dataset: Steps, stop: int, writes: bool):
@@ -82,8 +82,13 @@ class Record:
         self.dataset, self.stop, self.writes = dataset, stop, writes
         self.file = Path(cfg.out) / "checkpoint.pt"
         self.settings = run_settings(cfg, dtype, weights.fingerprint(model), dataset.examples)
-        self.first = load_checkpoint(self.file, self.theta_a, optimizer, self.settings) if cfg.resume else 0
-        self.log = Log(Path(cfg.out) / "log.jsonl", stop, self.first) if writes else None
+
+    def start(self) -> int:
+        """With --resume, restore adapters and optimizer from checkpoint.pt; return how many steps are done."""
+        resume = self.cfg.resume
+        first = load_checkpoint(self.file, self.theta_a, self.optimizer, self.settings) if resume else 0
+        self.log = Log(self.file.with_name("log.jsonl"), self.stop, first) if self.writes else None
+        return first
 
     def step(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Log step number `step`, with its loss and gradient norm; now and then write a checkpoint."""

@@ -10,7 +10,7 @@ from speed.machine import Meter
 from speed.step import folded
 
 
-def load(cfg) -> tuple[lavin.LaVIN, dict]:
+def load_model(cfg) -> tuple[lavin.LaVIN, dict]:
     """The model and the metadata of its adapter file. cfg: the flags of sample.py"""
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     Meter.prepare(device)  # measures the memory's bandwidth, before the model fills the memory
@@ -22,7 +22,7 @@ def load(cfg) -> tuple[lavin.LaVIN, dict]:
     return model, meta
 
 
-def faster(model: lavin.LaVIN, cfg) -> lavin.LaVIN:
+def fold_adapters(model: lavin.LaVIN, cfg) -> lavin.LaVIN:
     """A model with the same answers: LLaMA's adapters are merged ("folded") into wq, wk and wv.
 
     adapters.fold shows how. It is possible because w is constant for a modality. A chat needs two copies,
