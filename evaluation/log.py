@@ -84,7 +84,7 @@ class Record:
         self.settings = run_settings(cfg, dtype, weights.fingerprint(model), dataset.examples)
 
     def start(self) -> int:
-        """With --resume, restore adapters and optimizer from checkpoint.pt; return how many steps are done."""
+        """With --resume, restore adapters and optimizer from checkpoint.pt. Return the steps done so far."""
         resume = self.cfg.resume
         first = load_checkpoint(self.file, self.theta_a, self.optimizer, self.settings) if resume else 0
         self.log = Log(self.file.with_name("log.jsonl"), self.stop, first) if self.writes else None
