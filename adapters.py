@@ -24,8 +24,8 @@ image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. Both
-phi_u start at zero, but do not stay equal. Let g(i) be the gradient that sample i would give to a phi_u whose
-weight is 1. Then phi_u1 gets sum_i w_0(i) g(i), phi_u2 gets sum_i w_1(i) g(i). E_m and f_w start at random,
+phi_u start at zero, but do not stay equal. Let g(i) be the gradient of phi_u on sample i if its routing
+weight were 1. Then phi_u1 gets sum_i w_0(i) g(i), phi_u2 gets sum_i w_1(i) g(i). E_m and f_w start at random,
 so text and images have different w, and the two sums have different directions. (If w were the same for all
 samples, they would differ only in scale. AdamW divides by the scale, so the two phi_u would stay equal.) In
 the ViT, w varies little, so the two phi_u stay similar.
@@ -115,7 +115,8 @@ class MMAdapter(nn.Module):
         self.f_w = RoutingWeights(d, cfg.tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z' [B, T, d]. w = f_w(t_m): one pair per token [B, T, 2], or per row [B, 1, 2]"""
+        """z [B, T, d] -> z' [B, T, d]. w: one pair per token [B, T, 2], or per row [B, 1, 2]. The caller
+        computes w = self.f_w(t_m): in LLaMA, `LLaMA.route`; in the ViT, `Block.adapted` of clip.py."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each

@@ -80,8 +80,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
-    For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the
-    output of attention and the log-sum-exp of each head's scores; c_fc x. The rest is computed again.
+    For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the output
+    of attention and, because it is fused, the log-sum-exp of each head's scores; c_fc x. The rest is computed
+    again.
     """
 
     def __init__(self, cfg: CLIPConfig):

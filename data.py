@@ -58,7 +58,7 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len, so that no target is
     left. In the released code, max_len counts t_m, too, and a micro-batch without targets has loss NaN.
     """
-    examples, count = [], {"kept": 0, "cut": 0, "dropped": 0, "with a picture": 0}
+    examples, count = [], {"kept": 0, "cut": 0, "dropped": 0, "with an image": 0}
     for sample in samples:
         e = encode(sample, tokenizer, n_visual)
         if e.length - e.n_targets >= max_len or not sample.response:
@@ -66,7 +66,7 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
             continue
         count["kept"] += 1
         count["cut"] += e.length > max_len
-        count["with a picture"] += e.n_visual > 0
+        count["with an image"] += e.n_visual > 0
         e.rest = np.array(e.rest[:max_len - len(e.head) - e.n_visual], dtype=np.int32)
         examples.append(e)
     return examples, count

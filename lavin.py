@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py: the same for 256 targets at a time, in less memory
+        self.loss = negative_log_likelihood  # train.py puts in a version that does 256 targets at a time
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)

@@ -7,9 +7,10 @@
     python sample.py --routing                                         how each layer weighs its two adapters
 
 The answer goes to stdout, everything else to stderr. A Conversation (evaluation/conversation.py) keeps the
-image and the turns. The model reads a chat as one sequence: head, X', prompt, answer, prompt, answer, prompt.
-If it is too long for the context, the oldest turns are left out. A prompt is "Question: .. Context: ..
-Options: .. Response:" if the adapters were trained on ScienceQA's format, else "Instruction: ..".
+image and the turns. In each turn, the model reads the whole chat again, as one sequence: head, X', prompt,
+answer, prompt, answer, prompt. If this is too long for the context, the oldest turns are left out. A prompt
+is "Question: .. Context: .. Options: .. Response:" if the adapters were trained on ScienceQA's format, else
+"Instruction: ..".
 """
 import sys
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', earlier turns, prompt
     tokens = model.stream(batch, max_new_tokens, eos, cfg.temperature, cfg.top_p, cfg.seed)  # Eq. (8)
     try:
-        for text in conversation.text(tokens):  # keeps the tokens as a turn
+        for text in conversation.to_text(tokens):  # decodes the tokens, and keeps them as a turn
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
@@ -106,7 +107,7 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # for speed, merge LLaMA's adapters into wq, wk, wv (adapters.fold). The answers stay the same
+    # for speed, merge LLaMA's adapters into wq, wk, wv (adapters.fold). Only rounding differs
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.show(cfg.image or None)

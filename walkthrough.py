@@ -92,8 +92,8 @@ print("w_0 in the ViT, for two images: the demo image, and the same with red and
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
-print("The gradient reaches even the ViT's first adapter. As a check, naive.py adds a small number e to all\n"
-      "entries of that adapter's phi_d.bias. L is the loss, Eq. (5), of the response 'The answer is B.'")
+print("naive.py adds a small e to all entries of phi_d.bias in the ViT's first adapter. L, Eq. (5), is\n"
+      "that of the wrong response 'The answer is B.', because the gradient of the right one is nearly zero.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"

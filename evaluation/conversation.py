@@ -62,7 +62,7 @@ class Conversation:
             batch = batch._replace(image_embeds=self.image_embeds)
         return batch
 
-    def text(self, tokens: Iterator[list[int]]) -> Iterator[str]:
+    def to_text(self, tokens: Iterator[list[int]]) -> Iterator[str]:
         """The tokens of `LaVIN.stream` as text, in pieces of whole characters: a token may end inside one.
         They are kept as a turn, even if this is stopped early.
         """

@@ -67,7 +67,7 @@ def test_a_picture_of_several_samples_is_decoded_once(tmp_path, monkeypatch):
 def test_an_empty_response_is_dropped_and_counted():
     """Alpaca-52k has such samples."""
     examples, count = data.encode_all([sample(response=""), sample()], Words(), 0, max_len=20)
-    assert count == {"kept": 1, "cut": 0, "dropped": 1, "with a picture": 0} and len(examples) == 1
+    assert count == {"kept": 1, "cut": 0, "dropped": 1, "with an image": 0} and len(examples) == 1
 
 
 def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
@@ -77,7 +77,7 @@ def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
     lengths = [data.encode(s, words, 0).length for s in samples]
     assert lengths == [8, 10, 11]
     examples, count = data.encode_all(samples, words, 0, max_len=8)
-    assert count == {"kept": 2, "cut": 1, "dropped": 1, "with a picture": 0}
+    assert count == {"kept": 2, "cut": 1, "dropped": 1, "with an image": 0}
     assert [e.length for e in examples] == [8, 8]
     assert all(len(data.collate([e], 4, "clip").targets) for e in examples)
 

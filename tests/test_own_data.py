@@ -66,7 +66,7 @@ def test_photos_and_a_json_file_become_adapters_an_answer_and_a_score(tmp_path, 
     run_main(monkeypatch, train.main, "--data", f"json:{mine}:{photos}", "--out", tmp_path / "out",
              "--epochs", 40, "--batch_size", 16, "--micro_batch", 16, "--lr", 0.2)
     told = capsys.readouterr().err
-    assert "38 kept, 0 cut, 0 dropped, 36 with a picture" in told
+    assert "38 kept, 0 cut, 0 dropped, 36 with an image" in told
     assert "120 steps, 3 an epoch, 0 for warm-up" in told
     model = "--adapters", tmp_path / "out/adapters.safetensors"
     run_main(monkeypatch, evaluate.main, "json", "--data", test, "--images", photos, *model, "--json")
