@@ -116,7 +116,7 @@ class MMAdapter(nn.Module):
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
         """z [B, T, d] -> z' [B, T, d]. w: one pair per token [B, T, 2], or per row [B, 1, 2]. The caller
-        computes w = self.f_w(t_m): in LLaMA, `LLaMA.route`; in the ViT, `Block.adapted` of clip.py."""
+        computes w = self.f_w(t_m): `Block.route` of llama.py, `Block.adapted` of clip.py."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each

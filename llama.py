@@ -2,10 +2,10 @@
 
 weights.py reads official weights, in Meta's layout or Hugging Face's. Parameters have Meta's names.
 
-There are four ways through the blocks: `forward` trains on packed sequences (end to end in one row, without
-padding), `prefill` reads packed prompts into a cache, `decode` reads one more token of each sequence, `route`
-reads the modality tokens. Each gives the blocks its own function `attend`, which computes the attention.
-`recompute(f, x)` is f(x). To save memory, autograd keeps only x, and f runs again in the backward pass.
+There are three ways through the blocks: `forward` trains on packed sequences (end to end in one row, without
+padding), `prefill` reads packed prompts into a cache, `decode` reads one more token of each sequence. Each
+has its own `attend` for the attention. Besides, `route` is for modality tokens, which see only themselves.
+`recompute(f, x)` is f(x): to save memory, autograd keeps only x, and the backward pass runs f again.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, L layers, r hidden units of an adapter.
@@ -55,18 +55,17 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
-    """Rotary embedding: positions [.., T] -> cos and sin of the angle of each pair, [2, .., T, 1, D/2]"""
+    """Rotary embedding: positions [.., T] -> e^(i angle) of each pair of units, complex [.., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
     angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged in LLaMA-1 and 2
-    return torch.stack([angle.cos(), angle.sin()])
+    return torch.complex(angle.cos(), angle.sin())
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, D]: rotate each pair (2i, 2i+1) by the angle of its position."""
-    cos, sin = rope  # [.., T, 1, D/2] each
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, D/2] each
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    """x [B, T, H, D]: rotate each pair (2i, 2i+1), as a complex number, by the angle of its position."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, T, H, D/2]
+    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
 
 def dot_product_attention(q, k, v, mask=None, is_causal: bool = False) -> torch.Tensor:
@@ -155,6 +154,16 @@ class Block(nn.Module):
         x = x + self.attention(z, rope, attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
+    def route(self, t):
+        """M modality tokens t [M, C] -> the routing weights of this layer, [M, 2], and t for the next.
+        Each sees only itself. The softmax of a single score is 1, so attention returns the value v."""
+        z = self.attention_norm(t)
+        w = self.adapter_attn.f_w(z)
+        v = self.attention.wv(self.adapter_attn(z, w))  # no dropout; released code: dropout here, too
+        v = v.unflatten(1, (-1, self.attention.D))  # [M, G, D]
+        t = t + self.attention.wo(v.repeat_interleave(t.shape[1] // v[0].numel(), dim=1).flatten(1))
+        return w, t + self.feed_forward(self.ffn_norm(t))
+
 
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
@@ -208,20 +217,11 @@ class LLaMA(nn.Module):
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """Routing weights [L, M, 2] of M modality tokens t [M, C]: each layer's f_w reads their state.
-
-        Each t_m attends only to itself. The softmax of a single score is 1, so attention returns its value v.
-        """
-        t, routing_weights = t[None], []  # [1, M, C]: M tokens of one row that do not see each other
-        rope = rope_table(torch.zeros(1, device=t.device), self.cfg)  # has no effect: q and k are not used
-
-        def attend(layer, q, k, v):
-            return v.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=2)  # [1, M, H, D]
-
-        for block in self.layers:  # no dropout here; the released code applies it to t_m, too
-            w = block.adapter_attn.f_w(block.attention_norm(t))  # [1, M, 2]
-            t = block(t, rope, attend, w)
-            routing_weights.append(w[0])
+        """Routing weights [L, M, 2] of M modality tokens t [M, C]."""
+        routing_weights = []
+        for block in self.layers:
+            w, t = block.route(t)
+            routing_weights.append(w)
         return torch.stack(routing_weights)
 
     @classmethod

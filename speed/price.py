@@ -135,8 +135,8 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
 def modality_token_flops(d: int, d_kv: int, L: int, block: int, phi: int) -> int:
     """Both modality tokens, once per forward pass. Nothing after the last router needs a gradient."""
     routers = 3 * L * 2 * d  # a router is a [d, 2] matrix: forward, gradients of input and weights
-    adapters = (4 * L - 3) * phi * d  # forward, recomputed forward, gradients of input and weights
-    frozen = L * block + (L - 1) * (block - d * (d + d_kv))  # q and k get no gradient: t_m sees only itself
+    adapters = (3 * L - 2) * phi * d  # forward, gradients of input and weights
+    frozen = (2 * L - 1) * (block - d * (d + d_kv))  # no q and k: llama.Block.route
     return 2 * 2 * (routers + adapters + frozen)
 
 

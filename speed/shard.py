@@ -31,7 +31,7 @@ def after_read(device: str, bits: int) -> Callable:
     if ranks == 1:
         raise ValueError("--shard needs several processes; start with torchrun --nproc_per_node N")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # slow to import
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow to import
     mesh = init_device_mesh(device, (ranks,))
 
     def spread(model: nn.Module, name: str) -> None:
@@ -40,7 +40,7 @@ def after_read(device: str, bits: int) -> Callable:
         if name.startswith("layers."):
             block = model.layers[int(name.split(".")[1])]
             if not any(p.is_meta for p in block.parameters()):
-                whole = {block.attention_norm.weight}  # small, and LLaMA.route needs it before the block runs
-                fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+                register_fsdp_forward_method(block, "route")  # it gathers the weights, too
 
     return spread

@@ -68,7 +68,8 @@ class Weights(NamedTuple):
 
 def rope_pairs(n: int, cfg: LLaMAConfig, device) -> torch.Tensor:
     """[n, 2, D/2, 2]: (cos, cos) and (-sin, sin) of every position and pair."""
-    cos, sin = rope_table(torch.arange(n, device=device), cfg)[:, :, 0]  # [n, D/2]
+    rope = rope_table(torch.arange(n, device=device), cfg)[:, 0]  # [n, D/2]
+    cos, sin = rope.real, rope.imag
     return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], dim=1)
 
 
