@@ -16,21 +16,20 @@ Why LLaMA's routing weights are constants. The paper calls the routing dynamic. 
 attention mask lets t_m see only itself, and hides t_m from all other tokens. So w depends only on the
 modality: each layer of a trained model has one pair (w_0, w_1) for text and one for images. This has two
 consequences. First, t_m need not stand in the sequence: `LLaMA.route` runs it on its own. (All positions then
-move by one, but rotary attention depends only on their differences.) Second, an adapter of LLaMA is one
-affine map per modality, because it has no activation. So a trained one can be merged (`fold`) into each of
-the three projections that follow it, wq, wk and wv. In the ViT, the weights are not constants. There is no
-t_m: f_w reads the image's own [cls]. From block 1 on, [cls] has attended to the patches, so w depends on the
-image.
+move by one, but LLaMA's rotary attention depends only on differences of positions.) Second, an MM-Adapter of
+LLaMA is one affine map per modality, because it has no activation. So a trained one can be merged (`fold`)
+into each of the three projections that follow it, wq, wk and wv. In the ViT, there is no t_m: f_w reads the
+image's own [cls], which from block 1 on has attended to the patches. So there, w depends on the image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
-phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. Both
-phi_u start at zero, but do not stay equal. Let g(i) be the gradient of phi_u on sample i if its routing
-weight were 1. Then phi_u1 gets sum_i w_0(i) g(i), phi_u2 gets sum_i w_1(i) g(i). E_m and f_w start at random,
-so text and images have different w, and the two sums have different directions. (If w were the same for all
-samples, they would differ only in scale. AdamW divides by the scale, so the two phi_u would stay equal.) In
-the ViT, w varies little, so the two phi_u stay similar.
+phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. Sample i
+gives phi_u1 and phi_u2 the same gradient g(i), but times its own routing weight: phi_u1 gets sum_i w_0(i)
+g(i), phi_u2 gets sum_i w_1(i) g(i). E_m and f_w start at random, so text and images have different w. So the
+two sums differ in direction, and phi_u1 and phi_u2 become different. (If w were the same for all samples, one
+sum would be a multiple of the other. The size of a gradient hardly changes AdamW's step, so phi_u1 and phi_u2
+would stay equal.) In the ViT, w varies little, so they stay similar.
 
-Shapes: B rows (in training, all samples lie end to end in one row), T tokens, d width, r hidden units (8).
+Shapes: B rows (ViT: one per image; LLaMA in training: a single one), T tokens, d width, r hidden units (8).
 """
 from dataclasses import dataclass
 
@@ -44,7 +43,7 @@ class AdapterConfig:
     kind: str = "mm"  # in LLaMA: "mm" = MM-Adapter, "rep" = one RepAdapter, no router. In the ViT always MM
     dim: int = 8  # r, the number of hidden units; even, because phi_u has two groups
     scale: float = 1.0  # s
-    tau: float = 10.0  # router temperature: 10 for LLaMA-7B, 5 for 13B
+    tau: float = 10.0  # temperature of the softmax in f_w: 10 for LLaMA-7B, 5 for 13B
     dropout: float = 0.1  # on the hidden units of the adapter
 
 
@@ -72,7 +71,7 @@ class GroupedLinear(nn.Module):
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
     """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch, so
-    it stays the same if a batch is split and when the backward pass runs the adapter again (`recompute`)."""
+    that it does not change if the batch is split."""
     return h if mask is None else h * mask / (1 - p)
 
 
@@ -100,7 +99,7 @@ class RoutingWeights(nn.Linear):
     def forward(self, t_m: torch.Tensor) -> torch.Tensor:
         """t_m [.., d] -> w [.., 2], fp32. As in the released code, f_w reads not the modality token itself,
         but its hidden state in this layer, after the layer's norm."""
-        logits = super().forward(t_m).float()  # t_m W_m + b_m
+        logits = nn.functional.linear(t_m, self.weight, self.bias).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.tau, -1)  # Eq. (3): f_w(t_m) = softmax((t_m W_m + b_m) / tau)
 
 
@@ -127,7 +126,7 @@ class MMAdapter(nn.Module):
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge an adapter into the projection W [out, d] after it: W', b' so that W' z + b' = W adapter(z, w).
-    LLaMA's projections have no bias; speed/step.py gives them b'.
+    LLaMA's projections have no bias, so whoever uses W' must add b'. speed/step.py does.
 
     w [2]. Write phi_d(z) = A z + a and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then W adapter(z, w) =
     W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). The results are rounded to W's dtype.
@@ -143,7 +142,8 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """theta_a of Eq. (4), what is trained: all parameters with adapter_ in their name."""
+    """theta_a of Eq. (4): the parameters with adapter_ in their name. lavin.py names all trained modules so:
+    adapter_attn in each block, adapter_proj (the neck), adapter_modality_embedding (E_m)."""
     return {name: p for name, p in model.named_parameters() if "adapter_" in name}
 
 

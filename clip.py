@@ -4,7 +4,7 @@
 
 Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameters
 have OpenAI's names. LaVIN takes the [cls] token after every fourth block, the last one included: six for
-ViT-L/14. It does not use CLIP's own image embedding: ln_post and a projection of the last [cls].
+ViT-L/14. CLIP's own image embedding, ln_post and a projection of the last [cls], is not used.
 
 Shapes: N images, T = 1 + (image_size / patch_size)^2 tokens with [cls] first, C = width, n visual tokens of
 an image, r hidden units of an adapter.
@@ -81,8 +81,7 @@ class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
     For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the output
-    of attention and, because it is fused, the log-sum-exp of each head's scores; c_fc x. The rest is computed
-    again.
+    of attention and the log-sum-exp of each head's scores (see llama.Block); c_fc x. The rest is recomputed.
     """
 
     def __init__(self, cfg: CLIPConfig):

@@ -47,13 +47,13 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    # as released, count the ids of the prompt alone; off by a few if a token spans prompt and response
+    # as released, the targets start after as many ids as the prompt has when it is encoded alone
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
 
 def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) -> tuple[list[Example], dict]:
-    """Training examples of at most max_len tokens; counts of samples kept, cut (without EOS), dropped, ..
+    """Training examples of at most max_len tokens; counts of samples kept, cut (they lose EOS), dropped, ..
 
     Dropped: an empty response (Alpaca-52k has some), and a prompt that fills max_len, so that no target is
     left. In the released code, max_len counts t_m, too, and a micro-batch without targets has loss NaN.
@@ -77,17 +77,16 @@ class Batch(NamedTuple):
     LaVIN.embed inserts; `lengths` and `predict_at` include X'.
 
     Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
-    Packed (laid end to end, without padding), they are a row of 70 tokens.
-    """
+    Packed (laid end to end, without padding), they are a row of T = 70 tokens."""
     tokens: torch.Tensor  # ids of heads and rests, sample after sample
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    images: torch.Tensor | None = None  # [N, 3, H, W], each distinct image once
+    images: torch.Tensor | None = None  # [N, 3, H, W], distinct; with dropout, one per sample
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
-    image_embeds: torch.Tensor | None = None  # [1, n_visual, C]: X', if a chat has kept it; then no `images`
+    image_embeds: torch.Tensor | None = None  # [1, n_visual, C]: X', if a chat has kept it; no `images`
     llama_dropout_mask: torch.Tensor | None = None  # [L, 1, T, r], True: unit survives; None: no dropout
     vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
@@ -139,13 +138,12 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].n_targets for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            # an empty micro-batch (see split_batch) runs some sample without targets, so its loss is 0
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
-            if not indices:
+            if not indices:  # see split_batch. Any sample, without its targets, gives a pass that adds 0 to L
                 batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
             elif self.masks:
-                batch = batch._replace(**self.masks.draw(examples, [[self.seed, step, i] for i in indices]))
+                batch = self.masks.add(batch, examples, [[self.seed, step, i] for i in indices])
             batches.append(batch)
         return batches, n_targets
 
@@ -172,8 +170,8 @@ def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list
 
 
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks, with a seed for each sample. A batch without masks has no dropout; train() and
-    eval() of a model change nothing."""
+    """Draws dropout's masks, with a seed for each sample. A batch without masks has no dropout; model.train()
+    and model.eval() change nothing."""
     p: float
     r: int  # hidden units of an adapter
     layers: int  # of LLaMA
@@ -187,14 +185,16 @@ class MaskSampler(NamedTuple):
         blocks, tokens = (vit.cfg.layers, len(vit.positional_embedding)) if vit else (0, 0)
         return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
 
-    def draw(self, examples: list[Example], seeds: list[list[int]]) -> dict[str, torch.Tensor]:
-        """The two masks of a Batch, by name; one seed per sample."""
+    def add(self, batch: Batch, examples: list[Example], seeds: list[list[int]]) -> Batch:
+        """The batch with both masks; one seed per sample."""
         llama, vit = [], []
         for e, seed in zip(examples, seeds):
             random = np.random.default_rng(seed)
             llama.append(random.random((self.layers, e.length, self.r), np.float32) >= self.p)
             if e.n_visual:
                 vit.append(random.random((self.vit_blocks, self.vit_tokens, self.r), np.float32) >= self.p)
-        vit = torch.from_numpy(np.stack(vit, axis=1)) if vit and self.vit_blocks else None
-        return dict(llama_dropout_mask=torch.from_numpy(np.concatenate(llama, axis=1)[:, None]),
-                    vit_dropout_mask=vit)
+        batch = batch._replace(llama_dropout_mask=torch.from_numpy(np.concatenate(llama, axis=1)[:, None]))
+        if not vit or not self.vit_blocks:
+            return batch
+        return batch._replace(vit_dropout_mask=torch.from_numpy(np.stack(vit, axis=1)),
+                              images=batch.images[batch.image_index], image_index=torch.arange(len(vit)))

@@ -3,8 +3,8 @@
 The adapters come from adapters.py. The name of every module that is trained begins with `adapter_`.
 
 Precision with CUDA: the frozen models (the base) are stored in bf16, and matrix products and attention run in
-bf16 (`autocast`). Norms, rotary embedding, routers' softmax and loss are computed in fp32. What is trained is
-stored in fp32, because bf16 would round small updates away.
+bf16 (`autocast`). Norms, rotary embedding, the softmax of f_w and the loss are computed in fp32. What is
+trained is stored in fp32, because bf16 would round small updates away.
 
 Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, V vocabulary, L layers of LLaMA; but
 L of Eq. (5) is the loss.
@@ -68,7 +68,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py puts in a version that does 256 targets at a time
+        self.loss = negative_log_likelihood  # train.py wraps it, so that it takes less memory
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -103,42 +103,41 @@ class LaVIN(nn.Module):
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor | list:
-        """X' of each sample with an image, [.., n, C]. For text, the released code encodes a black image."""
-        if IMAGE not in batch.modality:
-            return []
-        if batch.image_embeds is not None:  # in a chat, X' is known from the first turn
+        """X' of each sample with an image, [.., n, C]. Text skips the ViT; released code: a black image."""
+        if batch.image_embeds is not None:  # a chat keeps X' from its first turn
             return batch.image_embeds
-        if batch.vit_dropout_mask is None:  # each distinct image once
-            return self.adapter_proj(self.vit(batch.images))[batch.image_index]
-        # once for each sample, because each has its own mask
-        return self.adapter_proj(self.vit(batch.images[batch.image_index], batch.vit_dropout_mask))
+        if batch.images is None:
+            return []
+        X = self.vit(batch.images, batch.vit_dropout_mask)  # [images, n, ViT width]
+        return self.adapter_proj(X).type_as(X)[batch.image_index]
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
-        """Z of each sample, [T, C]. Y is cut in two, because X' stands inside it, as in the authors' code:
-        Y_head is [BOS] "Image: ", Y_rest is the prompt and, in training, the response."""
-        Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # head, rest, head, rest, ..
-        image_embeds = iter(self.encode_images(batch))  # [n, C] each
+        """Z of each sample, [T, C]. As in the released code, X' stands inside Y, after [BOS] "Image: ".
+        t_m is not in Z: no other token sees it, it acts only through the routing weights. In training, Y_rest
+        ends with R: attention is causal, so one pass gives all factors of Eq. (5)."""
+        Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # Y_head, Y_rest, Y_head, ..
+        X_primes = iter(self.encode_images(batch))  # [n, C] each
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
-            # Eq. (7): Z = [t_m, X', Y] with an image, Z = [t_m, Y] without. Here, X' stands between the parts
-            # of Y. t_m is not in Z, because no other token sees it: it acts only through the routing weights
-            X_prime = next(image_embeds) if modality == IMAGE else Y_head[:0]  # [n, C]; text: no rows
-            Z = torch.cat([Y_head, X_prime.type_as(Y_head), Y_rest])
+            if modality == IMAGE:  # Eq. (7): Z = [t_m, X', Y]
+                Z = torch.cat([Y_head, next(X_primes), Y_rest])
+            else:  # Z = [t_m, Y]
+                Z = torch.cat([Y_head, Y_rest])
             inputs.append(Z)
         return inputs
 
     def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All samples end to end: Z [1, T, C]; w of each token in each layer, [L, 1, T, 2], or None."""
-        Z, w = torch.cat(self.embed(batch))[None], self.routing_weights()
+        """All Z end to end, [1, T, C]; w of each token in each layer, [L, 1, T, 2], or None."""
+        x, w = torch.cat(self.embed(batch))[None], self.routing_weights()
         if w is None:
-            return Z, None
+            return x, None
         modality_of_token = [m for m, length in zip(batch.modality, batch.lengths) for _ in range(length)]
-        return Z, w[:, modality_of_token].unsqueeze(1)
+        return x, w[:, modality_of_token].unsqueeze(1)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """LLaMA's hidden states at the positions that predict a target, [targets, C]."""
-        Z, w = self.pack(batch)
-        return self.llama(Z, w, batch.lengths, batch.llama_dropout_mask)[0, batch.predict_at]
+        x, w = self.pack(batch)
+        return self.llama(x, w, batch.lengths, batch.llama_dropout_mask)[0, batch.predict_at]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """L of a micro-batch. train.py divides it by the number of targets in the global batch, so the update
@@ -149,10 +148,10 @@ class LaVIN(nn.Module):
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
         """Read the prompts -> logits [B, V] of the next token, a cache with room for more, w [L, B, 1, 2]"""
         with self.autocast():
-            Z, w = self.pack(batch)
-            cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, Z.dtype)
-            last = cache.lengths.cumsum(0) - 1  # where each prompt ends in Z, [B]
-            h = self.llama.prefill(Z, w, batch.lengths, cache)[0, last]  # [B, C]
+            x, w = self.pack(batch)
+            cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, x.dtype)
+            last = cache.lengths.cumsum(0) - 1  # where each prompt ends in x, [B]
+            h = self.llama.prefill(x, w, batch.lengths, cache)[0, last]  # [B, C]
             w = None if w is None else w[:, 0, last].unsqueeze(2)  # one pair per prompt: its tokens share it
             return self.llama.output(h).float(), cache, w
 
@@ -179,7 +178,7 @@ class LaVIN(nn.Module):
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(1, max_new_tokens + 1):
             # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Each pass of this loop gives
-            # one factor: p holds it for every possible R_s, and `pick` chooses one
+            # one factor: p is its value for every possible R_s, and `pick` chooses one
             p = torch.softmax(logits, -1)  # [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
@@ -221,8 +220,8 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, after_read: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base differs in its sizes from the one that the adapters were trained on or, unless
-    any_base is set, in its weights. after_read: as in llama.py.
+    ValueError if the base has other sizes than the one that the adapters were trained on, or other weights;
+    any_base accepts other weights. after_read: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})
@@ -231,4 +230,4 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
     model = LaVIN(llama, vit, cfg)
     weights.check_base(path, meta, model, f"{llama_path} + {clip_path}", any_base)
     fill(adapters.trainable(model), tensors, path)
-    return model.to(device).eval(), meta
+    return model.to(device), meta

@@ -55,7 +55,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
-    """Rotary embedding: positions [.., T] -> e^(i angle) of each pair of units, complex [.., T, 1, D/2]"""
+    """Rotary embedding, LLaMA's positions: at position p, it rotates the j-th pair of units of q and k by the
+    angle p freq_j, so q k depends only on differences. positions [.., T] -> e^(i angle), [.., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
     angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged in LLaMA-1 and 2
@@ -63,7 +64,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, D]: rotate each pair (2i, 2i+1), as a complex number, by the angle of its position."""
+    """x [B, T, H, D]: rotate each pair (2j, 2j+1), taken as a complex number, by its angle."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, T, H, D/2]
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
@@ -82,7 +83,8 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values in each layer, [B, G, S, D]: for prompts of `lengths` tokens, and `room` more tokens"""
+    """Keys and values of all tokens read so far, in each layer [B, G, S, D]. Attention is causal, so later
+    tokens do not change them. There is room for prompts of `lengths` tokens and `room` more tokens."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
         shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
@@ -98,22 +100,21 @@ class KVCache:
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        keys, values = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # of the cache, [B, S, G, D]
-        keys[rows, positions], values[rows, positions] = k, v
-        return keys[:, :self.filled], values[:, :self.filled]
+        self.k[layer][rows, :, positions], self.v[layer][rows, :, positions] = k, v
+        return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: LLaMAConfig, layer: int):
+    def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.layer, self.D = layer, cfg.dim // cfg.n_heads
+        self.D = cfg.dim // cfg.n_heads
         C, C_kv = cfg.dim, cfg.n_kv_heads * self.D
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, out, bias=False) for out in (C, C_kv, C_kv, C))
 
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # [B, T, H, D]
+        y = attend(rotate(q, rope), rotate(k, rope), v)  # [B, T, H, D]
         return self.wo(y.reshape(B, T, C))
 
 
@@ -126,20 +127,20 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x):
-        gated = lambda w1_x, w3_x: F.silu(w1_x) * w3_x
-        return self.w2(recompute(gated, self.w1(x), self.w3(x)))
+        return self.w2(recompute(lambda gate, up: F.silu(gate) * up, self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
 
     For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the output
-    of attention and, because it is fused, the log-sum-exp of each head's scores; w1 x and w3 x. A frozen
-    matrix gets no gradient, so its input is not kept. The rest (norms, adapter, gating) is computed again."""
+    of attention; w1 x and w3 x; and one number per head, the log-sum-exp of its scores, from which torch's
+    fused attention computes them again. A frozen matrix gets no gradient, so its input is not kept. The rest
+    (norms, adapter, gating) is computed again."""
 
-    def __init__(self, cfg: LLaMAConfig, layer: int):
+    def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.attention, self.feed_forward = Attention(cfg, layer), FeedForward(cfg)
+        self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps) for _ in range(2))
         self.adapter_attn = None  # an MMAdapter or RepAdapter, once LaVIN adds it
 
@@ -150,8 +151,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, attend, w=None, dropout_mask=None):
         """x [B, T, C]; w: this layer's routing weights; w and dropout_mask may be None"""
-        z = recompute(self.adapted, x, w, dropout_mask)
-        x = x + self.attention(z, rope, attend)
+        x = x + self.attention(recompute(self.adapted, x, w, dropout_mask), rope, attend)
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
     def route(self, t):
@@ -169,9 +169,9 @@ class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute_blocks = False  # True with --checkpoint: autograd keeps only the input of each block
+        self.recompute_blocks = False  # True with --recompute: autograd keeps only the input of each block
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)  # used by LaVIN, where it needs logits
 
@@ -213,7 +213,7 @@ class LLaMA(nn.Module):
             w_i = None if w is None else w[i]
             mask_i = None if dropout_mask is None else dropout_mask[i]
             run = partial(recompute, block) if self.recompute_blocks else block
-            x = run(x, rope, attend, w_i, mask_i)
+            x = run(x, rope, partial(attend, i), w_i, mask_i)
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:

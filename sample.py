@@ -101,13 +101,13 @@ def main() -> None:
     if cfg.image:
         open_image(cfg.image)  # report a bad image before the weights are read
     if cfg.compile and cfg.bits == 4:
-        raise ValueError("--compile needs folded adapters, and 4-bit matrices cannot take them in; leave out "
-                         "--compile or --bits 4")
-    model, meta = load_model(cfg)
+        raise ValueError("--compile needs folded adapters, and they cannot be folded into 4-bit matrices; "
+                         "leave out --compile or --bits 4")
+    model, meta = load_model(cfg)  # lavin.load, with the flags
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # for speed, merge LLaMA's adapters into wq, wk, wv (adapters.fold). Only rounding differs
+    # a LaVIN with LLaMA's adapters merged into wq, wk, wv (adapters.fold) and a faster `decode`
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.show(cfg.image or None)

@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # handles Ctrl-C from here on
+import cli  # before torch: from here on, Ctrl-C ends the program in one line
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ class Config:
     adapter: str = "mm"  # in LLaMA: mm (with router) or rep (plain RepAdapter)
     adapter_dim: int = 8  # [2, 16382] adapter width r
     scale: float = 1.0  # (0, 1000000] s of Eq. (2)
-    tau: float = 10.0  # (0, 1000000] router temperature; the paper: 10 for 7B, 5 for 13B
+    tau: float = 10.0  # (0, 1000000] temperature of the softmax of Eq. (3); the paper: 10 for 7B, 5 for 13B
     dropout: float = 0.0  # [0, 1) inside the adapters
     normalize: str = "clip"  # mean and std of the images: imagenet or clip
     # data
@@ -73,7 +73,7 @@ class Config:
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
-    checkpoint: bool = False  # gradient checkpointing (saves no file): keep less, compute each block twice
+    recompute: bool = False  # gradient checkpointing: keep less memory, compute each block of LLaMA twice
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
@@ -103,8 +103,8 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
-        # AdamW skips a parameter whose gradient is None: in a batch without images, the ViT's adapters. So
-        # every gradient starts as a tensor of zeros, and the loop's zero_grad resets it to zeros, not to None
+        # in a batch without images, the ViT's adapters get no gradient. AdamW would skip them, momentum and
+        # weight decay included. So their gradient is zero instead of None, here and in the loop's zero_grad
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -123,7 +123,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     # with --shard or --bits 4, a function that shards or quantises a module as soon as it is read; else None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
-    llama.recompute_blocks = cfg.checkpoint
+    llama.recompute_blocks = cfg.recompute
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
     tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
     if cfg.max_len > llama.cfg.max_seq_len:
@@ -171,8 +171,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # Eq. (5), for 256 targets at a time, so that the logits of all targets never exist together: the forward
-    # pass computes L and dL/dhidden of each chunk and frees its logits; backward() only scales dL/dhidden
+    # Eq. (5) in less memory: with this line, only 256 targets have logits at a time. The result is the same
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
@@ -221,11 +220,11 @@ def main() -> None:
     if cfg.adapter_dim % 2:
         raise ValueError(f"--adapter_dim {cfg.adapter_dim}: expected an even number; phi_u has two groups")
     if cfg.dry_run:
-        return print(price.quote(cfg))
+        return print(price.quote(cfg))  # the predicted memory and time
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
-        world.ensure(SMALL_WORLD)  # generates it at its first use; other ranks wait in process_group
+        world.ensure(SMALL_WORLD)  # generates it at its first use. The next line waits for all ranks
     with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
         train(cfg, device, dtype)
 

@@ -63,7 +63,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("`mixed` is Eq. (3). Z is the input of layer 0's adapter: 26 embedded tokens, see Eq. (7), normalised.")
+print("`mixed` is Eq. (3). Here, Z is what layer 0's adapter reads: the 26 tokens of Eq. (7), normalised.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -73,7 +73,7 @@ x = bare.tok_embeddings(batch.tokens[None])  # [1, T, C], without X'
 before = bare(x), vit(batch.images)
 untrained_w = LaVIN(bare, vit, model.cfg).routing_weights()  # LaVIN puts new adapters into bare and vit
 after = bare(x, untrained_w[:, IMAGE, None, None]), vit(batch.images)
-print("Untrained adapters (phi_u = 0) change no bit of any output:", all(map(torch.equal, before, after)))
+print("New adapters (phi_u = 0) change no bit of LLaMA or ViT outputs:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", RoutingWeights.forward, MMAdapter.forward)
@@ -87,13 +87,13 @@ w_vit = []  # of each block, [image, 1, (w_0, w_1)]
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT, for two images: the demo image, and the same with red and blue exchanged.",
+print("w_0 in the ViT: demo image, the same with red and blue exchanged (block 0: [cls] has seen neither)",
       *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
-print("naive.py adds a small e to all entries of phi_d.bias in the ViT's first adapter. L, Eq. (5), is\n"
-      "that of the wrong response 'The answer is B.', because the gradient of the right one is nearly zero.")
+print("Does the gradient pass through both models? naive.py adds a small e to phi_d.bias of the ViT's first\n"
+      "adapter. L is that of the wrong response 'The answer is B.': the right one has hardly any gradient.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -118,7 +118,7 @@ equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in rele
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input; Y_head is [BOS] 'Image: '", LaVIN.embed, below=("# of Y", "X_prime =", "Z ="))
+equation(7, "the input; Y_head is [BOS] 'Image: '", LaVIN.embed, below=("Z = ",))
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):

@@ -208,7 +208,7 @@ class Ours:
         examples = examples_of(problems, self.model.llama.cfg.vocab_size, n_visual)
         batch, dropout = data.collate(examples, size, "clip"), data.MaskSampler.of(self.model)
         if dropout:
-            batch = batch._replace(**dropout.draw(examples, [[i] for i in range(len(problems))]))
+            batch = dropout.add(batch, examples, [[i] for i in range(len(problems))])
         return batch.to(self.model.device)
 
     def loss(self, batch: data.Batch) -> torch.Tensor:

@@ -81,11 +81,17 @@ def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0) -> Batch:
     return batch._replace(images=torch.stack(images), image_index=torch.arange(len(images)))
 
 
-def masks(rows, seeds, p: float = 0.5) -> dict[str, torch.Tensor]:
-    """the dropout masks for rows of make_batch"""
+def with_masks(batch: Batch, rows, seeds, p: float = 0.5) -> Batch:
+    """a batch of make_batch(rows) with dropout masks"""
     examples = [Example(None, HEAD, N_CLS * image, ids, 0) for ids, _, image in rows]
     dropout = MaskSampler(p, 8, LLAMA.n_layers, CLIP.layers, 1 + (CLIP.image_size // CLIP.patch_size) ** 2)
-    return dropout.draw(examples, [[seed] for seed in seeds])
+    return dropout.add(batch, examples, [[seed] for seed in seeds])
+
+
+def masks(rows, seeds, p: float = 0.5) -> dict[str, torch.Tensor]:
+    """the dropout masks for rows of make_batch"""
+    batch = with_masks(make_batch(rows), rows, seeds, p)
+    return dict(llama_dropout_mask=batch.llama_dropout_mask, vit_dropout_mask=batch.vit_dropout_mask)
 
 
 def ids_of(row) -> list[int]:
