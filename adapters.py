@@ -12,24 +12,24 @@ Why a modality token. One LLM has to serve text alone and text with an image, an
 adaptation. A token t_m says which of the two the input is. It acts only through routing: in every layer, f_w
 reads the hidden state of t_m and gives w_0 and w_1, the weights of the adapters f_a1 and f_a2.
 
-Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code the
-attention mask lets t_m see only itself, and hides t_m from all other tokens. So w depends only on the
-modality: each layer of a trained model has one pair (w_0, w_1) for text and one for images. This has two
-consequences. First, t_m need not stand in the sequence: `LLaMA.route` runs it on its own. (All positions then
-move by one, but LLaMA's rotary attention depends only on differences of positions.) Second, an MM-Adapter of
-LLaMA is one affine map per modality, because it has no activation. So a trained one can be merged (`fold`)
-into each of the three projections that follow it, wq, wk and wv. In the ViT, there is no t_m: f_w reads the
-image's own [cls], which from block 1 on has attended to the patches. So there, w depends on the image.
+Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code, t_m
+attends only to itself, and no other token attends to t_m. So w depends only on the modality: each layer of a
+trained model has one pair (w_0, w_1) for text and one for images. First consequence: t_m need not stand in
+the sequence, `LLaMA.route` runs it on its own. (All positions then move by one; rotary attention depends only
+on their differences.) Second consequence: an MM-Adapter of LLaMA, which has no activation, is one affine map
+per modality. So it can be merged (`fold`) into wq, wk and wv, which follow it. The ViT has no t_m: f_w reads
+the image's own [cls], which from block 1 on has attended to the patches. So there, w depends on the image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
-phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero. Sample i
-gives phi_u1 and phi_u2 the same gradient g(i), but times its own routing weight: phi_u1 gets sum_i w_0(i)
-g(i), phi_u2 gets sum_i w_1(i) g(i). E_m and f_w start at random, so text and images have different w. So the
-two sums differ in direction, and phi_u1 and phi_u2 become different. (If w were the same for all samples, one
-sum would be a multiple of the other. The size of a gradient hardly changes AdamW's step, so phi_u1 and phi_u2
-would stay equal.) In the ViT, w varies little, so they stay similar.
+phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
-Shapes: B rows (ViT: one per image; LLaMA in training: a single one), T tokens, d width, r hidden units (8).
+Why phi_u1 and phi_u2 become different, though both start at zero. Sample i adds w_0(i) g(i) to the gradient
+of phi_u1 and w_1(i) g(i) to that of phi_u2, with the same g(i). E_m and f_w start at random, so text and
+images have different w, and the two sums over i differ in direction. (If w were the same for all i, one sum
+would be a multiple of the other. AdamW's step hardly depends on a gradient's size, so phi_u1 and phi_u2 would
+stay equal.) In the ViT, w varies little, so they stay similar.
+
+Shapes: B rows (ViT: images; LLaMA in training: one row), T tokens, d width, r hidden units (8).
 """
 from dataclasses import dataclass
 
@@ -126,7 +126,7 @@ class MMAdapter(nn.Module):
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge an adapter into the projection W [out, d] after it: W', b' so that W' z + b' = W adapter(z, w).
-    LLaMA's projections have no bias, so whoever uses W' must add b'. speed/step.py does.
+    LLaMA's projections have no bias, so b' must be added to their output (see speed/step.py).
 
     w [2]. Write phi_d(z) = A z + a and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then W adapter(z, w) =
     W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). The results are rounded to W's dtype.
@@ -142,7 +142,7 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """theta_a of Eq. (4): the parameters with adapter_ in their name. lavin.py names all trained modules so:
+    """theta_a of Eq. (4): the parameters with adapter_ in their name, as all trained modules of LaVIN have:
     adapter_attn in each block, adapter_proj (the neck), adapter_modality_embedding (E_m)."""
     return {name: p for name, p in model.named_parameters() if "adapter_" in name}
 

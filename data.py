@@ -47,7 +47,7 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    # as released, the targets start after as many ids as the prompt has when it is encoded alone
+    # a token may span prompt and response. As released, take the length of the prompt when encoded alone
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
@@ -75,7 +75,6 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
 class Batch(NamedTuple):
     """A micro-batch: the B samples of a forward pass. `tokens` and `part_lengths` are without X', which
     LaVIN.embed inserts; `lengths` and `predict_at` include X'.
-
     Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
     Packed (laid end to end, without padding), they are a row of T = 70 tokens."""
     tokens: torch.Tensor  # ids of heads and rests, sample after sample
@@ -84,10 +83,10 @@ class Batch(NamedTuple):
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    images: torch.Tensor | None = None  # [N, 3, H, W], distinct; with dropout, one per sample
+    images: torch.Tensor | None = None  # [N, 3, H, W], distinct; or one per dropout mask
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
-    image_embeds: torch.Tensor | None = None  # [1, n_visual, C]: X', if a chat has kept it; no `images`
-    llama_dropout_mask: torch.Tensor | None = None  # [L, 1, T, r], True: unit survives; None: no dropout
+    image_embeds: torch.Tensor | None = None  # [1, n_visual, C]: X', kept by a chat; no `images`
+    llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
     vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
     def to(self, device) -> "Batch":
@@ -138,9 +137,10 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].n_targets for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
+            # an empty micro-batch (see split_batch) takes any sample, without its targets, and adds 0 to L
             examples = [self.examples[i] for i in indices or chosen[:1]]
             batch = collate(examples, self.image_size, self.normalize)
-            if not indices:  # see split_batch. Any sample, without its targets, gives a pass that adds 0 to L
+            if not indices:
                 batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
             elif self.masks:
                 batch = self.masks.add(batch, examples, [[self.seed, step, i] for i in indices])
@@ -152,8 +152,8 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens, because all wait for the slowest. The micro-batches of a
-    rank are nearly equal, too, because the largest one decides the peak memory. Some may be empty: all ranks
-    get the same number, because with --shard (LLaMA spread over the GPUs) a forward pass needs all ranks.
+    rank are nearly equal, too, because the largest one decides the peak memory. With --shard (LLaMA spread
+    over the GPUs), all ranks must run equally many forward passes. So a micro-batch may have to be empty.
     """
     shares = balanced_groups(chosen, lengths, ranks)
     n = math.ceil(max(map(len, shares)) / micro_batch)
@@ -196,5 +196,5 @@ class MaskSampler(NamedTuple):
         batch = batch._replace(llama_dropout_mask=torch.from_numpy(np.concatenate(llama, axis=1)[:, None]))
         if not vit or not self.vit_blocks:
             return batch
-        return batch._replace(vit_dropout_mask=torch.from_numpy(np.stack(vit, axis=1)),
+        return batch._replace(vit_dropout_mask=torch.from_numpy(np.stack(vit, axis=1)),  # an image per mask
                               images=batch.images[batch.image_index], image_index=torch.arange(len(vit)))

@@ -6,8 +6,7 @@ Precision with CUDA: the frozen models (the base) are stored in bf16, and matrix
 bf16 (`autocast`). Norms, rotary embedding, the softmax of f_w and the loss are computed in fp32. What is
 trained is stored in fp32, because bf16 would round small updates away.
 
-Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, V vocabulary, L layers of LLaMA; but
-L of Eq. (5) is the loss.
+Shapes: B samples, T tokens, C LLaMA's width, n visual tokens per image, V vocabulary.
 """
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -99,17 +98,17 @@ class LaVIN(nn.Module):
         return t_m.to(self.llama.norm.weight.dtype)
 
     def routing_weights(self) -> torch.Tensor | None:
-        """w [L, 2, 2]: each layer's weights for TEXT and for IMAGE. None without routers."""
+        """w [layers, 2, 2]: each layer's weights for TEXT and for IMAGE. None without routers."""
         return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
 
     def encode_images(self, batch: Batch) -> torch.Tensor | list:
-        """X' of each sample with an image, [.., n, C]. Text skips the ViT; released code: a black image."""
+        """X' of each sample with an image, [.., n, C]. For text, the ViT does not run."""
         if batch.image_embeds is not None:  # a chat keeps X' from its first turn
             return batch.image_embeds
         if batch.images is None:
             return []
         X = self.vit(batch.images, batch.vit_dropout_mask)  # [images, n, ViT width]
-        return self.adapter_proj(X).type_as(X)[batch.image_index]
+        return self.adapter_proj(X)[batch.image_index]
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]. As in the released code, X' stands inside Y, after [BOS] "Image: ".
@@ -127,7 +126,7 @@ class LaVIN(nn.Module):
         return inputs
 
     def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All Z end to end, [1, T, C]; w of each token in each layer, [L, 1, T, 2], or None."""
+        """All Z end to end, [1, T, C]; w of each token in each layer, [layers, 1, T, 2], or None."""
         x, w = torch.cat(self.embed(batch))[None], self.routing_weights()
         if w is None:
             return x, None
@@ -146,7 +145,7 @@ class LaVIN(nn.Module):
         return self.loss(self.hidden(batch), self.llama.output.weight, batch.targets)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
-        """Read the prompts -> logits [B, V] of the next token, a cache with room for more, w [L, B, 1, 2]"""
+        """Read the prompts -> logits [B, V] of the next token, a cache with room, w [layers, B, 1, 2]"""
         with self.autocast():
             x, w = self.pack(batch)
             cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, x.dtype)
@@ -156,7 +155,7 @@ class LaVIN(nn.Module):
             return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read one more token of each row, [B] -> logits [B, V] of the next; w [L, B, 1, 2]"""
+        """Read one more token of each row, [B] -> logits [B, V] of the next; w [layers, B, 1, 2]"""
         with self.autocast():
             h = self.llama.decode(self.llama.tok_embeddings(token[:, None]), w, cache)
             return self.llama.output(h[:, 0]).float()
@@ -177,8 +176,8 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(1, max_new_tokens + 1):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Each pass of this loop gives
-            # one factor: p is its value for every possible R_s, and `pick` chooses one
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Pass s of this loop gives
+            # one factor: p holds it for every token of the vocabulary, and `pick` chooses R_s
             p = torch.softmax(logits, -1)  # [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
@@ -220,8 +219,8 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, after_read: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base has other sizes than the one that the adapters were trained on, or other weights;
-    any_base accepts other weights. after_read: as in llama.py.
+    ValueError if the base is not the one that the adapters were trained on: if its sizes differ or, without
+    any_base, its weights. after_read: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})

@@ -8,7 +8,7 @@ has its own `attend` for the attention. Besides, `route` is for modality tokens,
 `recompute(f, x)` is f(x): to save memory, autograd keeps only x, and the backward pass runs f again.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
-G = H), D = C / H, S slots of a cache, L layers, r hidden units of an adapter.
+G = H), D = C / H, S slots of a cache, r hidden units of an adapter.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -100,21 +100,22 @@ class KVCache:
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        self.k[layer][rows, :, positions], self.v[layer][rows, :, positions] = k, v
+        self.k[layer][rows, :, positions] = k  # two indices around a slice give [tokens, G, D]
+        self.v[layer][rows, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.D = cfg.dim // cfg.n_heads
+        self.D, self.heads_per_v = cfg.dim // cfg.n_heads, cfg.n_heads // cfg.n_kv_heads
         C, C_kv = cfg.dim, cfg.n_kv_heads * self.D
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, out, bias=False) for out in (C, C_kv, C_kv, C))
 
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(rotate(q, rope), rotate(k, rope), v)  # [B, T, H, D]
+        y = attend(rotate(q, rope), rotate(k, rope), v)  # [B, T, H, D]; `attend` comes from LLaMA.blocks
         return self.wo(y.reshape(B, T, C))
 
 
@@ -133,10 +134,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
 
-    For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the output
-    of attention; w1 x and w3 x; and one number per head, the log-sum-exp of its scores, from which torch's
-    fused attention computes them again. A frozen matrix gets no gradient, so its input is not kept. The rest
-    (norms, adapter, gating) is computed again."""
+    For the backward pass, autograd keeps per token: x before each norm; q, k, v; the output of attention;
+    w1(x) and w3(x); and one number per head, the log-sum-exp of its scores, with which torch recomputes the
+    attention from q and k. The input of a frozen matrix is not needed. All else is recomputed."""
 
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
@@ -155,13 +155,13 @@ class Block(nn.Module):
         return x + self.feed_forward(recompute(self.ffn_norm, x))
 
     def route(self, t):
-        """M modality tokens t [M, C] -> the routing weights of this layer, [M, 2], and t for the next.
+        """M modality tokens t [M, C] -> the routing weights of this layer, [M, 2], and t for the next layer.
         Each sees only itself. The softmax of a single score is 1, so attention returns the value v."""
         z = self.attention_norm(t)
         w = self.adapter_attn.f_w(z)
         v = self.attention.wv(self.adapter_attn(z, w))  # no dropout; released code: dropout here, too
-        v = v.unflatten(1, (-1, self.attention.D))  # [M, G, D]
-        t = t + self.attention.wo(v.repeat_interleave(t.shape[1] // v[0].numel(), dim=1).flatten(1))
+        v = v.unflatten(1, (-1, self.attention.D)).repeat_interleave(self.attention.heads_per_v, dim=1)
+        t = t + self.attention.wo(v.flatten(1))  # from v [M, H, D]
         return w, t + self.feed_forward(self.ffn_norm(t))
 
 
@@ -169,7 +169,7 @@ class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
         self.cfg = cfg
-        self.recompute_blocks = False  # True with --recompute: autograd keeps only the input of each block
+        self.recompute_blocks = False  # True: autograd keeps only the input of each block
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -177,7 +177,7 @@ class LLaMA(nn.Module):
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
         """x [B, T, C] -> hidden states after the last norm, [B, T, C]. LaVIN passes one row (B = 1) of packed
-        sequences. Without lengths, each row is a sequence. w: [L, B, T, 2]; dropout_mask: [L, B, T, r]"""
+        sequences. Without lengths, a row is a sequence. w [layers, B, T, 2]; dropout_mask [.., T, r]"""
         lengths = lengths or [x.shape[1]]
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
         attend = lambda layer, q, k, v: packed_attention(q, k, v, lengths)
@@ -195,7 +195,7 @@ class LLaMA(nn.Module):
         return self.blocks(x, w, positions, attend)
 
     def decode(self, x, w, cache: KVCache) -> torch.Tensor:
-        """Read one more token of each sequence, x [B, 1, C] -> [B, 1, C]; w [L, B, 1, 2]"""
+        """Read one more token of each sequence, x [B, 1, C] -> [B, 1, C]; w [layers, B, 1, 2]"""
         rows, positions = torch.arange(len(x), device=x.device), cache.advance()  # [B] each
         visible = torch.arange(cache.filled, device=x.device) <= positions[:, None]  # [B, filled]
         mask = visible[:, None, None] if len(x) > 1 else None  # a single sequence sees every filled slot
@@ -217,7 +217,7 @@ class LLaMA(nn.Module):
         return self.norm(x)
 
     def route(self, t: torch.Tensor) -> torch.Tensor:
-        """Routing weights [L, M, 2] of M modality tokens t [M, C]."""
+        """Routing weights [layers, M, 2] of M modality tokens t [M, C]."""
         routing_weights = []
         for block in self.layers:
             w, t = block.route(t)

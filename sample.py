@@ -107,7 +107,8 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # a LaVIN with LLaMA's adapters merged into wq, wk, wv (adapters.fold) and a faster `decode`
+    # now, LLaMA's adapters are merged into wq, wk, wv (adapters.fold). A chat keeps these for text and for
+    # images. `decode` is that of speed/step.py, which adds b'
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.show(cfg.image or None)

@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # before torch: from here on, Ctrl-C ends the program in one line
+import cli  # first, so that Ctrl-C prints one line and no traceback, even while torch is imported
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ class Config:
     steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
-    recompute: bool = False  # gradient checkpointing: keep less memory, compute each block of LLaMA twice
+    recompute_blocks: bool = False  # gradient checkpointing: keep less in memory, compute each block twice
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
@@ -123,7 +123,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     # with --shard or --bits 4, a function that shards or quantises a module as soon as it is read; else None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
-    llama.recompute_blocks = cfg.recompute
+    llama.recompute_blocks = cfg.recompute_blocks
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
     tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
     if cfg.max_len > llama.cfg.max_seq_len:
@@ -171,7 +171,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # Eq. (5) in less memory: with this line, only 256 targets have logits at a time. The result is the same
+    # Eq. (5) in less memory: it computes the gradient of 256 targets at once, and then frees their logits
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
@@ -191,7 +191,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             with model.autocast():
-                L = model(batch.to(device))  # Eq. (5), summed over this micro-batch
+                L = model(batch.to(device))  # L(f_phi(Z), R; theta_a) of this micro-batch, Eq. (5)
             (L / n_targets).backward()  # n_targets counts the whole batch, on all ranks: the mean per target
             loss += L.detach() / n_targets
         if ranks > 1:
@@ -200,7 +200,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()
+        optimizer.step()  # changes theta_a
         record.step(step, loss, norm)
 
     if is_main:
@@ -224,8 +224,8 @@ def main() -> None:
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
-        world.ensure(SMALL_WORLD)  # generates it at its first use. The next line waits for all ranks
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
+        world.ensure(SMALL_WORLD)  # generates it at its first use; meanwhile, the other ranks wait below
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # waits for all ranks
         train(cfg, device, dtype)
 
 

@@ -83,17 +83,17 @@ print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau = 10, and {} at ta
     *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3), 10 * w[0, 0].log().diff().abs().item()))
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
-w_vit = []  # of each block, [image, 1, (w_0, w_1)]
+w_vit = []  # of each block, w_0 of both images
 for block in model.vit.transformer.resblocks:
-    block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w))
+    block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w[:, 0, 0]))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT: demo image, the same with red and blue exchanged (block 0: [cls] has seen neither)",
-      *(f"  block {i}: {a:.3f}, {b:.3f}" for i, (a, b) in enumerate(torch.stack(w_vit)[..., 0, 0])), sep="\n")
+print("w_0 in the ViT. In `other`, red and blue are exchanged. In block 0, [cls] has not attended to patches.",
+      *(f"    block {i}: demo {a:.3f}, other {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
-print("Does the gradient pass through both models? naive.py adds a small e to phi_d.bias of the ViT's first\n"
-      "adapter. L is that of the wrong response 'The answer is B.': the right one has hardly any gradient.")
+print("As a check, naive.py adds a small e to each entry of phi_d.bias in the ViT's first adapter. L is\n"
+      "the loss of the wrong response 'The answer is B.'; that of the right one has hardly any gradient.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -143,7 +143,7 @@ names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visua
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\nWith the first image, the model predicts 'red' after 'On the left is a big'. In the last layer,\n"
-      "'big' attends mostly to X'_4. These are all weights above 0.01, averaged over the heads:",
+      "'big' attends mostly to X'_4, the [cls] of block 4. All weights above 0.01, averaged over the heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges each adapter of LLaMA into wq, wk and wv. q of layer 0 is the same:")
 W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])

@@ -42,14 +42,14 @@ class Conversation:
         """Image, earlier turns and the new prompt as one row. If the context is full, the oldest turns go."""
         sample = prompts.Sample("prompt", self.wrap(text, context), "", self.image, {})
         e = data.encode(sample, self.tokenizer, self.model.vit.n_visual if self.image else 0)
-        room, kept = self.model.llama.cfg.max_seq_len, len(self.turns)
-        if e.length >= room:
-            raise ValueError(f"the prompt has {e.length} tokens; the context holds {room}, answer included; "
-                             "shorten --prompt or --context")
-        while self.turns and e.length + sum(map(len, self.turns)) + max_new_tokens > room:
+        context, n_turns = self.model.llama.cfg.max_seq_len, len(self.turns)
+        if e.length >= context:
+            raise ValueError(f"the prompt has {e.length} tokens; the context holds {context}, answer "
+                             "included; shorten --prompt or --context")
+        while self.turns and e.length + sum(map(len, self.turns)) + max_new_tokens > context:
             self.turns.pop(0)
-        if len(self.turns) < kept:
-            dropped = kept - len(self.turns)
+        if len(self.turns) < n_turns:
+            dropped = n_turns - len(self.turns)
             print(f"[the context is full: the {dropped} oldest turns are forgotten]", file=sys.stderr)
         self.asked = e.rest
         e.rest = [id for turn in self.turns for id in turn] + self.asked
@@ -64,9 +64,9 @@ class Conversation:
 
     def to_text(self, tokens: Iterator[list[int]]) -> Iterator[str]:
         """The tokens of `LaVIN.stream` as text, in pieces of whole characters: a token may end inside one.
-        They are kept as a turn, even if this is stopped early.
+        The tokens are kept as a turn, even if this is stopped early.
         """
-        self.meter = Meter(self.model, self.length, tokens)  # yields their ids, and times them
+        self.meter = Meter(self.model, self.length, tokens)  # passes on the ids, and measures the time
         try:
             yield from self.tokenizer.stream(self.meter)
         finally:
@@ -77,6 +77,6 @@ class Conversation:
         return self.meter.report()
 
     def add(self, answer: list[int]) -> None:
-        """Keep the last prompt and its answer as a turn. An empty answer, such as after an error, is none."""
+        """Keep the last prompt and its answer as a turn. An empty answer, as after an error, is not kept."""
         if answer:
             self.turns.append(self.asked + answer + [self.tokenizer.eos])

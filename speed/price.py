@@ -305,10 +305,10 @@ def quote(cfg) -> str:
     load = Load.of(problems, len(problems) / cfg.micro_batch)
     longest = Kind(max(p.length for p in problems), 0, cfg.vision)
     ranks = 8 if cfg.shard else 1
-    peak = memory(model, dtype, Load.of([longest] * cfg.micro_batch), cfg.recompute, cfg.bits, ranks)
+    peak = memory(model, dtype, Load.of([longest] * cfg.micro_batch), cfg.recompute_blocks, cfg.bits, ranks)
     answer = sum(answering(model, dtype, longest.length, cfg.bits).values())
     stored = str(dtype).removeprefix("torch.") + " and LLaMA's matrices in 4 bits" * (cfg.bits == 4)
-    work = flops(model, load.times(cfg.epochs), cfg.recompute)
+    work = flops(model, load.times(cfg.epochs), cfg.recompute_blocks)
     seconds = sum(work.values()) / (ASSUMED_UTILISATION * A100)
     times = {"1 GPU": seconds, "8 GPUs": seconds / 8 * balance(8, cfg.batch_size)}
     base = f"{cfg.llama} + {cfg.clip}" if cfg.vision else cfg.llama

@@ -236,7 +236,7 @@ def test_dry_run_needs_no_weights(run):
     assert "stated, not measured" in out
     peak = float(next(line for line in out.splitlines() if line.startswith("  peak")).split()[1])
     assert 36 < peak < 38.5
-    saving, _ = run(train.main, *flags, "--recompute")
+    saving, _ = run(train.main, *flags, "--recompute_blocks")
     assert "recomputed blocks" in saving and "28." in saving
 
 

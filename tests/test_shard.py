@@ -33,7 +33,7 @@ def test_a_sharded_run_equals_a_whole_one(tmp_path, monkeypatch):
     (tmp_path / "spy.py").write_text(SPY)
     flags = ["--data", str(tmp_path / "world"), "--device", "cpu", "--batch_size", "7", "--epochs", "20",
              "--warmup", "1", "--lr", "9e-3", "--dropout", "0.1", "--steps", "3",
-             "--micro_batch", "1", "--recompute"]
+             "--micro_batch", "1", "--recompute_blocks"]
     run_main(monkeypatch, train.main, *flags, "--out", str(tmp_path / "whole"), "--split", "")
     command = [*TWO_PROCESSES, str(tmp_path / "spy.py"), *flags, "--out", str(tmp_path / "shards"), "--shard"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
