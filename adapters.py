@@ -70,8 +70,8 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r] is False where a unit is dropped; None: no dropout. data.py draws it with the batch, so
-    that it does not change if the batch is split."""
+    """mask [B, T, r] is False where a unit is dropped; None: no dropout. Not nn.Dropout: data.py draws a mask
+    for each sample, which stays the same however the batch is split."""
     return h if mask is None else h * mask / (1 - p)
 
 

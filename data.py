@@ -11,7 +11,7 @@ Lecture, Explanation):
 Without an image the head is [BOS] "Image: N/A". The targets are the response and EOS. The modality token is
 not in the sequence (see adapters.py).
 
-Everything random depends only on (seed, epoch) or (seed, step, sample), not on resuming or splitting a batch.
+Everything random depends only on (seed, epoch) or (seed, step, sample), not on how a batch is split.
 """
 import math
 from dataclasses import dataclass

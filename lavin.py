@@ -118,10 +118,11 @@ class LaVIN(nn.Module):
         X_primes = iter(self.encode_images(batch))  # [n, C] each
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
-            if modality == IMAGE:  # Eq. (7): Z = [t_m, X', Y]
-                Z = torch.cat([Y_head, next(X_primes), Y_rest])
-            else:  # Z = [t_m, Y]
-                Z = torch.cat([Y_head, Y_rest])
+            if modality == IMAGE:
+                X_prime = next(X_primes)
+                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y]; no t_m, X' inside Y
+            else:
+                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y]; no t_m
             inputs.append(Z)
         return inputs
 

@@ -56,7 +56,7 @@ class RMSNorm(nn.RMSNorm):
 
 def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding, LLaMA's positions: at position p, it rotates the j-th pair of units of q and k by the
-    angle p freq_j, so q k depends only on differences. positions [.., T] -> e^(i angle), [.., T, 1, D/2]"""
+    angle p freq_j, so q k depends only on the distance. positions [.., T] -> e^(i angle), [.., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
     angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged in LLaMA-1 and 2
@@ -173,7 +173,7 @@ class LLaMA(nn.Module):
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)  # used by LaVIN, where it needs logits
+        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)  # LaVIN applies it where needed
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
         """x [B, T, C] -> hidden states after the last norm, [B, T, C]. LaVIN passes one row (B = 1) of packed

@@ -79,7 +79,7 @@ def chat(conversation: Conversation, cfg: Config) -> None:
         command, _, rest = line.partition(" ")
         try:
             if command == "/image":
-                conversation.show(rest.strip() or None)
+                conversation.start(rest.strip() or None)
             elif command == "/reset":
                 conversation.turns = []
             elif command.startswith("/"):
@@ -108,10 +108,10 @@ def main() -> None:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
     # now, LLaMA's adapters are merged into wq, wk, wv (adapters.fold). A chat keeps these for text and for
-    # images. `decode` is that of speed/step.py, which adds b'
+    # images. `decode` is that of speed/step.py, which adds b'. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
-    conversation.show(cfg.image or None)
+    conversation.start(cfg.image or None)
     if cfg.chat:
         chat(conversation, cfg)
     else:

@@ -182,6 +182,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)  # log.jsonl and checkpoint.pt
     first = record.start()  # 0; with --resume, restores adapters and optimizer and returns the steps done
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
+    # dataset[step] holds this rank's micro-batches of a step, and the number of targets on all ranks
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                           num_workers=workers, pin_memory=device.type == "cuda")
 
@@ -192,7 +193,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         for batch in micro_batches:
             with model.autocast():
                 L = model(batch.to(device))  # L(f_phi(Z), R; theta_a) of this micro-batch, Eq. (5)
-            (L / n_targets).backward()  # n_targets counts the whole batch, on all ranks: the mean per target
+            (L / n_targets).backward()  # targets of the whole batch, on all ranks: sums up to the mean
             loss += L.detach() / n_targets
         if ranks > 1:
             sum_over_ranks([loss, *(p.grad for p in theta_a.values())])

@@ -46,7 +46,6 @@ model, _ = lavin.load("tiny/adapters.safetensors", "tiny/llama", "tiny/clip")
 tokenizer, n_visual, weights = Tokenizer("tiny/llama"), model.vit.n_visual, naive.params(model)
 prompt = "Question: What color is the circle?\nContext: N/A\nOptions: (A) green (B) blue (C) red\nResponse:"
 RED = "On the left is a big red circle, on the right a small blue square. The circle is red. The answer is C."
-
 def example(response: str, image: str | None = "tiny/demo.png"):  # token ids of head and rest
     return encode(Sample("", prompt, response, image, problem={}), tokenizer, n_visual)
 asked, right, wrong, text = example(""), example(RED), example("The answer is B."), example("", image=None)
@@ -54,8 +53,8 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor, the first four numbers are shown,\n"
-      "and below them those of tests/naive.py: independent code, in numpy, with t_m in the sequence.")
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nEach tensor is shown by its first four numbers.\n"
+      "Below are those of tests/naive.py, independent code in numpy. There, t_m stands in the sequence.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -87,7 +86,7 @@ w_vit = []  # of each block, w_0 of both images
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w[:, 0, 0]))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT. In `other`, red and blue are exchanged. In block 0, [cls] has not attended to patches.",
+print("w_0 in the ViT. In `other`, red and blue are exchanged. In block 0, [cls] has not seen patches yet.",
       *(f"    block {i}: demo {a:.3f}, other {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
@@ -105,7 +104,8 @@ with torch.device("meta"):  # the sizes without the numbers
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
 a, a_vit = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0].adapter_attn
 print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, part in a.named_children()),
-      f"= {count(a)}.\nLaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
+      f"= {count(a)}.\nEach of the 4,096 outputs of phi_u1 has 4 weights and a bias: 4,096 x 5 = 20,480."
+      f"\nLaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time

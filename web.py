@@ -70,7 +70,7 @@ def replay(conversation: Conversation, history: list[dict]) -> None:
         words, images = read_content(message["content"])
         for image in images:
             with suppress(ValueError, OSError):
-                conversation.show(image)
+                conversation.start(image)
         if message["role"] == "user":
             question = words
         elif question and words:  # as token ids of one text, as in training
@@ -98,7 +98,7 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
                 conversation, text = Conversation(model, meta, tokenizer), ""
                 replay(conversation, history)
                 for file in message["files"]:  # paths, but {"path": ..} on "retry"
-                    conversation.show(file if isinstance(file, str) else file["path"])
+                    conversation.start(file if isinstance(file, str) else file["path"])
                 batch = conversation.batch(message["text"], "", max_new_tokens)
                 tokens = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p,
                                       cfg.seed)

@@ -18,9 +18,9 @@ class Conversation:
     def __init__(self, model: LaVIN, meta: dict, tokenizer: Tokenizer):
         """meta: the metadata of the adapter file"""
         self.model, self.meta, self.tokenizer = model, meta, tokenizer
-        self.show(None)
+        self.start(None)
 
-    def show(self, image: str | None) -> None:
+    def start(self, image: str | None) -> None:
         """Start anew with this image, or with none. ValueError or FileNotFoundError if it cannot be used."""
         if image and self.model.vit is None:
             raise ValueError("these adapters are text-only (trained with --no-vision); leave out --image")
@@ -40,26 +40,26 @@ class Conversation:
 
     def batch(self, text: str, context: str, max_new_tokens: int) -> data.Batch:
         """Image, earlier turns and the new prompt as one row. If the context is full, the oldest turns go."""
-        sample = prompts.Sample("prompt", self.wrap(text, context), "", self.image, {})
+        sample = prompts.Sample("", self.wrap(text, context), response="", image=self.image, problem={})
         e = data.encode(sample, self.tokenizer, self.model.vit.n_visual if self.image else 0)
-        context, n_turns = self.model.llama.cfg.max_seq_len, len(self.turns)
-        if e.length >= context:
-            raise ValueError(f"the prompt has {e.length} tokens; the context holds {context}, answer "
-                             "included; shorten --prompt or --context")
-        while self.turns and e.length + sum(map(len, self.turns)) + max_new_tokens > context:
+        limit, n_turns = self.model.llama.cfg.max_seq_len, len(self.turns)
+        if e.length >= limit:
+            raise ValueError(f"the prompt has {e.length} tokens; the context holds {limit}, answer included; "
+                             "shorten --prompt or --context")
+        while self.turns and e.length + sum(map(len, self.turns)) + max_new_tokens > limit:
             self.turns.pop(0)
         if len(self.turns) < n_turns:
             dropped = n_turns - len(self.turns)
             print(f"[the context is full: the {dropped} oldest turns are forgotten]", file=sys.stderr)
-        self.asked = e.rest
+        self.asked = e.rest  # `add` keeps it in the turn
         e.rest = [id for turn in self.turns for id in turn] + self.asked
-        e.n_prompt, self.length = len(e.rest), e.length
+        e.n_prompt, self.length = len(e.rest), e.length  # all of it is prompt
         size = self.model.vit.cfg.image_size if self.image else 0
         batch = data.collate([e], size, self.model.cfg.normalize, self.image_embeds).to(self.model.device)
         if self.image and self.image_embeds is None:  # the ViT runs once per image, not once per turn
             with torch.inference_mode(), self.model.autocast():
                 self.image_embeds = self.model.encode_images(batch)
-            batch = batch._replace(image_embeds=self.image_embeds)
+            batch = batch._replace(image_embeds=self.image_embeds, images=None)
         return batch
 
     def to_text(self, tokens: Iterator[list[int]]) -> Iterator[str]:

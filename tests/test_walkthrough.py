@@ -19,7 +19,7 @@ MISTAKES = {
     4: ("adapters.py", 'p.requires_grad_("adapter_" in name)', "p.requires_grad_(True)"),
     5: ("lavin.py", "-log_p_R.sum()", "-log_p_R.mean()"),
     6: ("lavin.py", "self.W_u(F.silu(self.W_d(X)))", "self.W_u(F.gelu(self.W_d(X)))"),
-    7: ("lavin.py", "[Y_head, next(X_primes), Y_rest]", "[next(X_primes), Y_head, Y_rest]"),
+    7: ("lavin.py", "[Y_head, X_prime, Y_rest]", "[X_prime, Y_head, Y_rest]"),
     8: ("lavin.py", "torch.softmax(logits, -1)", "torch.softmax(-logits, -1)"),
 }
 

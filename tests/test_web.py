@@ -102,7 +102,7 @@ def test_a_replayed_history_is_the_chat_of_sample(loaded, message):
     model, meta, tokenizer = loaded
     said = ["On the left is a big red circle, on the right a small blue square. The circle is red.", "It is."]
     chat, replayed = Conversation(*loaded), Conversation(*loaded)
-    chat.show(DEMO)
+    chat.start(DEMO)
     for question, answer in zip((COLOR, OPPOSITE), said):
         rest = chat.batch(question, "", 64).tokens.tolist()
         whole = tokenizer.encode(chat.wrap(question, "") + answer)

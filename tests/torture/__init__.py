@@ -47,6 +47,14 @@ def forked(main: Callable, argv: list[str], log: Path, before: Callable = lambda
         return pid
     status = 70
     try:
+        status = run_forked(main, argv, log, before, env)
+    finally:  # a late SIGTERM raises SystemExit, which must not leave here: two processes would run the tests
+        os._exit(status)
+
+
+def run_forked(main: Callable, argv: list[str], log: Path, before: Callable, env: dict[str, str]) -> int:
+    status = 70
+    try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(out, 1), os.dup2(out, 2)
         sys.stdin, sys.stdout, sys.stderr = (
@@ -63,7 +71,7 @@ def forked(main: Callable, argv: list[str], log: Path, before: Callable = lambda
         print(f"Traceback, {type(e).__name__}: {e}", file=sys.stderr)
     finally:
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
+    return status
 
 
 def ended(pid: int, limit: float = 120) -> int | str:
