@@ -4,7 +4,7 @@
 
 Official weights come from OpenAI (`ViT-L-14.pt`) or the Hugging Face hub; weights.py reads both. Parameters
 have OpenAI's names. LaVIN takes the [cls] token after every fourth block, the last one included: six for
-ViT-L/14. CLIP's own image embedding, ln_post and a projection of the last [cls], is not used.
+ViT-L/14. CLIP's own image embedding (the last [cls], after ln_post and a projection) is not used.
 
 Shapes: N images, T = 1 + (image_size / patch_size)^2 tokens with [cls] first, C = width, n visual tokens of
 an image, r hidden units of an adapter.

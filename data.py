@@ -47,7 +47,8 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    # a token may span prompt and response. As released, take the length of the prompt when encoded alone
+    # as released, the prompt's length is that of the prompt encoded alone. So the border is off by a token if
+    # the tokenizer joins the end of the prompt and the start of the response
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
@@ -83,9 +84,9 @@ class Batch(NamedTuple):
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    images: torch.Tensor | None = None  # [N, 3, H, W], distinct; or one per dropout mask
+    images: torch.Tensor | None = None  # [N, 3, H, W], distinct; with dropout, one per sample
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
-    image_embeds: torch.Tensor | None = None  # [1, n_visual, C]: X', kept by a chat; no `images`
+    image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
     vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
 
@@ -137,12 +138,9 @@ class Steps(torch.utils.data.Dataset):
         n_targets = sum(self.examples[i].n_targets for i in chosen)
         batches = []
         for indices in split_batch(chosen, self.lengths, self.ranks, self.micro_batch)[self.rank]:
-            # an empty micro-batch (see split_batch) takes any sample, without its targets, and adds 0 to L
-            examples = [self.examples[i] for i in indices or chosen[:1]]
+            examples = [self.examples[i] for i in indices]
             batch = collate(examples, self.image_size, self.normalize)
-            if not indices:
-                batch = batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0])
-            elif self.masks:
+            if self.masks:
                 batch = self.masks.add(batch, examples, [[self.seed, step, i] for i in indices])
             batches.append(batch)
         return batches, n_targets
@@ -152,12 +150,10 @@ def split_batch(chosen: list[int], lengths: list[int], ranks: int, micro_batch: 
     """Split the samples of a global batch: for each rank its micro-batches of at most `micro_batch` samples.
 
     The ranks get nearly equal numbers of tokens, because all wait for the slowest. The micro-batches of a
-    rank are nearly equal, too, because the largest one decides the peak memory. With --shard (LLaMA spread
-    over the GPUs), all ranks must run equally many forward passes. So a micro-batch may have to be empty.
+    rank are nearly equal, too, because the largest one decides the peak memory.
     """
     shares = balanced_groups(chosen, lengths, ranks)
-    n = math.ceil(max(map(len, shares)) / micro_batch)
-    return [balanced_groups(share, lengths, n) for share in shares]
+    return [balanced_groups(share, lengths, math.ceil(len(share) / micro_batch)) for share in shares]
 
 
 def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list[int]]:
@@ -196,5 +192,6 @@ class MaskSampler(NamedTuple):
         batch = batch._replace(llama_dropout_mask=torch.from_numpy(np.concatenate(llama, axis=1)[:, None]))
         if not vit or not self.vit_blocks:
             return batch
-        return batch._replace(vit_dropout_mask=torch.from_numpy(np.stack(vit, axis=1)),  # an image per mask
+        return batch._replace(vit_dropout_mask=torch.from_numpy(np.stack(vit, axis=1)),
+                              # each sample has its own mask, so its image is encoded on its own
                               images=batch.images[batch.image_index], image_index=torch.arange(len(vit)))

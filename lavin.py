@@ -120,9 +120,9 @@ class LaVIN(nn.Module):
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             if modality == IMAGE:
                 X_prime = next(X_primes)
-                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y]; no t_m, X' inside Y
+                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], but without t_m
             else:
-                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y]; no t_m
+                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y], but without t_m
             inputs.append(Z)
         return inputs
 
@@ -177,8 +177,8 @@ class LaVIN(nn.Module):
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(1, max_new_tokens + 1):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Pass s of this loop gives
-            # one factor: p holds it for every token of the vocabulary, and `pick` chooses R_s
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Pass s of this loop computes
+            # one factor, for all possible R_s: p(. | Z, R_{0:s-1}). `pick` chooses R_s
             p = torch.softmax(logits, -1)  # [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()

@@ -23,6 +23,7 @@ from evaluation.routing import show_routing
 from official.images import open_image
 from official.tokenizer import Tokenizer
 from speed.loading import fold_adapters, load_model
+from speed.machine import Meter
 
 DEMO = "tiny/demo.png", "What color is the circle? (A) green (B) blue (C) red"
 
@@ -55,6 +56,7 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', earlier turns, prompt
     tokens = model.stream(batch, max_new_tokens, eos, cfg.temperature, cfg.top_p, cfg.seed)  # Eq. (8)
+    tokens = Meter(model, batch.lengths[0], tokens)  # measures the time of each
     try:
         for text in conversation.to_text(tokens):  # decodes the tokens, and keeps them as a turn
             print(text, end="", flush=True)
@@ -62,7 +64,7 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
         if not cfg.chat:
             raise
     print(flush=True)
-    print(f"[{conversation.report()}]", file=sys.stderr)  # tokens per second
+    print(f"[{tokens.report()}]", file=sys.stderr)  # tokens per second
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
@@ -107,8 +109,9 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # now, LLaMA's adapters are merged into wq, wk, wv (adapters.fold). A chat keeps these for text and for
-    # images. `decode` is that of speed/step.py, which adds b'. With --bits 4, nothing is merged
+    # from here on, `model.decode` is that of speed/step.py. It uses wq, wk and wv with the adapters merged in
+    # (adapters.fold), and adds b'. A chat keeps two merged copies, one for text and one for images. With
+    # --bits 4, the model stays as it is in lavin.py
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

@@ -151,8 +151,9 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
     rank, ranks = cli.processes()
-    dataset = data.Steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
-                         image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
+    steps = shard.Steps if cfg.shard else data.Steps
+    dataset = steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
+                    image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
     return model, tokenizer, dataset, tests
 
 
@@ -171,7 +172,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # Eq. (5) in less memory: it computes the gradient of 256 targets at once, and then frees their logits
+    # the same L in less memory: the forward pass takes 256 targets at a time, computes their logits, their L
+    # and its gradient, keeps the gradient, and frees the logits. backward() passes the gradient on
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
@@ -193,7 +195,9 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         for batch in micro_batches:
             with model.autocast():
                 L = model(batch.to(device))  # L(f_phi(Z), R; theta_a) of this micro-batch, Eq. (5)
-            (L / n_targets).backward()  # targets of the whole batch, on all ranks: sums up to the mean
+            # n_targets counts the targets of the whole batch, on all ranks. So these terms, summed over
+            # micro-batches and ranks, are the mean loss per target
+            (L / n_targets).backward()
             loss += L.detach() / n_targets
         if ranks > 1:
             sum_over_ranks([loss, *(p.grad for p in theta_a.values())])

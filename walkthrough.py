@@ -53,8 +53,8 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nEach tensor is shown by its first four numbers.\n"
-      "Below are those of tests/naive.py, independent code in numpy. There, t_m stands in the sequence.")
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor, we print the first four numbers\n"
+      "twice: ours, and those of tests/naive.py, independent numpy code that keeps t_m in the sequence.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -86,13 +86,13 @@ w_vit = []  # of each block, w_0 of both images
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w[:, 0, 0]))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT. In `other`, red and blue are exchanged. In block 0, [cls] has not seen patches yet.",
+print("w_0 in the ViT, for two images (other: red and blue exchanged). [cls] of block 0 has not seen them.",
       *(f"    block {i}: demo {a:.3f}, other {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
-print("As a check, naive.py adds a small e to each entry of phi_d.bias in the ViT's first adapter. L is\n"
-      "the loss of the wrong response 'The answer is B.'; that of the right one has hardly any gradient.")
+print("A check of the longest way that a gradient takes: to phi_d.bias in the ViT's first adapter. naive.py\n"
+      "adds e to its entries. The response is wrong, 'The answer is B.', as the right one has L = 0 nearly.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -143,7 +143,7 @@ names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visua
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\nWith the first image, the model predicts 'red' after 'On the left is a big'. In the last layer,\n"
-      "'big' attends mostly to X'_4, the [cls] of block 4. All weights above 0.01, averaged over the heads:",
+      "'big' attends mostly to X'_4, from block 3 above. All weights over 0.01, averaged over the heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges each adapter of LLaMA into wq, wk and wv. q of layer 0 is the same:")
 W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])

@@ -11,7 +11,6 @@ import prompts
 from lavin import LaVIN
 from official.images import open_image
 from official.tokenizer import Tokenizer
-from speed.machine import Meter
 
 
 class Conversation:
@@ -25,7 +24,7 @@ class Conversation:
         if image and self.model.vit is None:
             raise ValueError("these adapters are text-only (trained with --no-vision); leave out --image")
         if image:
-            open_image(image)
+            open_image(image)  # an error if it cannot be read
         self.image, self.image_embeds, self.turns = Path(image) if image else None, None, []
 
     def wrap(self, text: str, context: str) -> str:
@@ -51,9 +50,9 @@ class Conversation:
         if len(self.turns) < n_turns:
             dropped = n_turns - len(self.turns)
             print(f"[the context is full: the {dropped} oldest turns are forgotten]", file=sys.stderr)
-        self.asked = e.rest  # `add` keeps it in the turn
+        self.asked = e.rest  # for the turn that `to_text` keeps
         e.rest = [id for turn in self.turns for id in turn] + self.asked
-        e.n_prompt, self.length = len(e.rest), e.length  # all of it is prompt
+        e.n_prompt = len(e.rest)
         size = self.model.vit.cfg.image_size if self.image else 0
         batch = data.collate([e], size, self.model.cfg.normalize, self.image_embeds).to(self.model.device)
         if self.image and self.image_embeds is None:  # the ViT runs once per image, not once per turn
@@ -63,20 +62,18 @@ class Conversation:
         return batch
 
     def to_text(self, tokens: Iterator[list[int]]) -> Iterator[str]:
-        """The tokens of `LaVIN.stream` as text, in pieces of whole characters: a token may end inside one.
-        The tokens are kept as a turn, even if this is stopped early.
+        """The tokens of `LaVIN.stream` for one prompt as text, in pieces of whole characters: a token may end
+        inside one. The prompt and the answer so far are kept as a turn, even if this is stopped early.
         """
-        self.meter = Meter(self.model, self.length, tokens)  # passes on the ids, and measures the time
+        answer = []
+
+        def ids() -> Iterator[int]:
+            for (id,) in tokens:
+                answer.append(id)
+                yield id
+
         try:
-            yield from self.tokenizer.stream(self.meter)
+            yield from self.tokenizer.stream(ids())
         finally:
-            self.add(self.meter.ids)
-
-    def report(self) -> str:
-        """Tokens per second of the last answer, compared with the limit that the memory's bandwidth sets."""
-        return self.meter.report()
-
-    def add(self, answer: list[int]) -> None:
-        """Keep the last prompt and its answer as a turn. An empty answer, as after an error, is not kept."""
-        if answer:
-            self.turns.append(self.asked + answer + [self.tokenizer.eos])
+            if answer:
+                self.turns.append(self.asked + answer + [self.tokenizer.eos])

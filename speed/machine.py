@@ -53,19 +53,18 @@ def bytes_per_token(llama: LLaMA, slots: float) -> float:
 
 
 class Meter:
-    """Pass on the token ids of one answer. Keep them in `ids`, and the time of each, for `report`."""
+    """Pass on the tokens of one answer, and keep the time of each for `report`."""
     limits = {}  # {type of a device: its bandwidth}; "mps" and "mps:0" are one device
 
     def __init__(self, model: LaVIN, prompt: int, steps: Iterator[list[int]]):
         """prompt: its length in tokens; steps: LaVIN.stream of a single prompt"""
         self.model, self.prompt, self.steps, self.started = model, prompt, steps, time.perf_counter()
-        self.ids, self.times = [], []
+        self.times = []
 
-    def __iter__(self) -> Iterator[int]:
-        for (id,) in self.steps:
-            self.ids.append(id)
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
             self.times.append(time.perf_counter())
-            yield id
+            yield step
 
     @classmethod
     def prepare(cls, device: torch.device) -> None:
@@ -74,7 +73,7 @@ class Meter:
 
     def report(self) -> str:
         """Tokens per second; for two tokens or more, also bytes per second and the share of the bandwidth."""
-        n, seconds = len(self.ids), time.perf_counter() - self.started
+        n, seconds = len(self.times), time.perf_counter() - self.started
         text = f"{n} tokens in {seconds:.2f} s, {n / seconds:.3g} tokens/s"
         if n < 2:
             return text

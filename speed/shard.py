@@ -5,7 +5,7 @@
 Each rank keeps its share of every block's weights. When a block runs, forward or backward, the ranks gather
 its weights from each other, and free them afterwards. Adapters, neck, embeddings and ViT stay whole on every
 rank, and train.py sums the adapters' gradients as before. Every rank takes part in each gathering, so all
-ranks must run the same number of forward passes: data.split_batch takes care of that.
+ranks must run the same number of forward passes: see Steps.
 """
 from typing import Callable
 
@@ -13,8 +13,23 @@ import cli
 
 import torch.nn as nn
 
+import data
 import weights
 from speed import nf4
+
+
+class Steps(data.Steps):
+    """data.Steps, with the same number of micro-batches on all ranks. A rank that lacks some, because it has
+    few samples, runs any sample without its targets: a forward and backward pass that adds 0 to the loss."""
+
+    def __getitem__(self, step: int) -> tuple[list[data.Batch], int]:
+        batches, n_targets = super().__getitem__(step)
+        chosen = self.chosen(step)
+        passes = max(map(len, data.split_batch(chosen, self.lengths, self.ranks, self.micro_batch)))
+        for _ in range(passes - len(batches)):
+            batch = data.collate([self.examples[chosen[0]]], self.image_size, self.normalize)
+            batches.append(batch._replace(predict_at=batch.predict_at[:0], targets=batch.targets[:0]))
+        return batches, n_targets
 
 
 def check(bits: int) -> None:

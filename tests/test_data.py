@@ -9,6 +9,7 @@ from PIL import Image
 import data
 from official.tokenizer import Tokenizer
 from prompts import Sample
+from speed import shard
 
 
 class Words:
@@ -82,7 +83,8 @@ def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
     assert all(len(data.collate([e], 4, "clip").targets) for e in examples)
 
 
-def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks():
+@pytest.mark.parametrize("kind", [data.Steps, shard.Steps])
+def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(kind):
     words = Words()
     examples = [data.encode(sample("a " * (i % 7 + 1), " b" * (i % 3 + 1)), words, 0) for i in range(50)]
     seen = Counter()
@@ -91,17 +93,17 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks():
         for ranks, micro in ((1, 8), (2, 4), (4, 1), (3, 2)):
             rows, targets, counts = [], set(), set()
             for rank in range(ranks):
-                steps = data.Steps(examples, 8, micro, rank, ranks, seed=3, image_size=4, normalize="clip")
+                steps = kind(examples, 8, micro, rank, ranks, seed=3, image_size=4, normalize="clip")
                 batches, n = steps[step]
                 assert all(len(b.lengths) <= micro and len(b.tokens) == sum(b.lengths) for b in batches)
                 rows += [tuple(ids.tolist()) for b in batches if len(b.targets)  # one without keeps step
                          for ids in b.tokens.split(b.lengths)]
                 targets.add(n)
                 counts.add(len(batches))
-            assert len(counts) == 1  # every rank runs equally many forward passes, as --shard needs
+            assert len(counts) == 1 or kind is data.Steps  # --shard needs equally many forward passes
             sets.append((sorted(rows), targets))
             assert targets == {sum(len(b.targets) for rank in range(ranks) for b in
-                                   data.Steps(examples, 8, micro, rank, ranks, 3, 4, "clip")[step][0])}
+                                   kind(examples, 8, micro, rank, ranks, 3, 4, "clip")[step][0])}
         assert all(s == sets[0] for s in sets)
         if step < steps.per_epoch:
             seen.update(steps.chosen(step))
