@@ -23,11 +23,11 @@ image's [cls], which from block 1 on has attended to the patches. So there, w de
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
-Why phi_u1 and phi_u2 become different, though both start at zero. Let g(i) be the gradient that sample i
-would give to a phi_u of routing weight 1. Then phi_u1 gets sum_i w_0(i) g(i), and phi_u2 sum_i w_1(i) g(i).
-E_m and f_w start at random, so text and images have different w, and the two sums differ in direction. (If w
-were the same for all i, one sum would be a multiple of the other. AdamW's step hardly depends on this factor,
-so phi_u1 and phi_u2 would stay equal.) In the ViT, w varies little, so they stay similar.
+Why phi_u1 and phi_u2 become different, though both start at zero. A phi_u's gradient is proportional to its
+routing weight: phi_u1 gets sum_i w_0(i) g(i) over the samples i, phi_u2 gets sum_i w_1(i) g(i). E_m and f_w
+start at random, so text and images have different w, and the two sums differ in direction. (If w were the
+same for all i, one sum would be a multiple of the other. AdamW's step hardly depends on this factor, so
+phi_u1 and phi_u2 would stay equal.) In the ViT, w varies little, so they stay similar.
 
 Shapes: B rows (ViT: images; LLaMA in training: one row), T tokens, d width, r hidden units (8).
 """
@@ -114,8 +114,8 @@ class MMAdapter(nn.Module):
         self.f_w = RoutingWeights(d, cfg.tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z' [B, T, d]. w: one pair per token [B, T, 2], or per row [B, 1, 2]. The caller
-        computes w = self.f_w(t_m): `Block.route` of llama.py, `Block.adapted` of clip.py."""
+        """z [.., T, d] -> z' [.., T, d]. w: one pair per token [.., T, 2], or for all [.., 1, 2], from
+        self.f_w(t_m), which `Block.route` of llama.py and `Block.adapted` of clip.py call."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
@@ -142,7 +142,7 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """theta_a of Eq. (4): the parameters with adapter_ in their name, as all trained modules of LaVIN have:
+    """theta_a of Eq. (4): the parameters with adapter_ in their name. Every trained module of LaVIN has it:
     adapter_attn in each block, adapter_proj (the neck), adapter_modality_embedding (E_m)."""
     return {name: p for name, p in model.named_parameters() if "adapter_" in name}
 

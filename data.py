@@ -84,7 +84,7 @@ class Batch(NamedTuple):
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    images: torch.Tensor | None = None  # [N, 3, H, W], distinct; with dropout, one per sample
+    images: torch.Tensor | None = None  # [N, 3, H, W], distinct; if masked, one per sample
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
     image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
@@ -182,7 +182,7 @@ class MaskSampler(NamedTuple):
         return cls(cfg.dropout, cfg.dim, len(model.llama.layers), blocks, tokens) if cfg.dropout else None
 
     def add(self, batch: Batch, examples: list[Example], seeds: list[list[int]]) -> Batch:
-        """The batch with both masks; one seed per sample."""
+        """The batch with masks; one seed per sample."""
         llama, vit = [], []
         for e, seed in zip(examples, seeds):
             random = np.random.default_rng(seed)

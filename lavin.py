@@ -220,8 +220,8 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, after_read: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base is not the one that the adapters were trained on: if its sizes differ or, without
-    any_base, its weights. after_read: as in llama.py.
+    ValueError if the base has other sizes than the one that the adapters were trained on, or other weights.
+    any_base skips the check of the weights. after_read: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})

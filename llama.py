@@ -100,7 +100,7 @@ class KVCache:
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        self.k[layer][rows, :, positions] = k  # indices on both sides of `:` put tokens first
+        self.k[layer][rows, :, positions] = k  # [tokens, G, D]: torch puts indexed axes first
         self.v[layer][rows, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
@@ -115,7 +115,7 @@ class Attention(nn.Module):
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(rotate(q, rope), rotate(k, rope), v)  # [B, T, H, D]; attend: see `forward`
+        y = attend(rotate(q, rope), rotate(k, rope), v)  # from LLaMA.forward, prefill or decode
         return self.wo(y.reshape(B, T, C))
 
 
@@ -161,7 +161,7 @@ class Block(nn.Module):
         w = self.adapter_attn.f_w(z)
         v = self.attention.wv(self.adapter_attn(z, w))  # no dropout; released code: dropout here, too
         v = v.unflatten(1, (-1, self.attention.D)).repeat_interleave(self.attention.heads_per_v, dim=1)
-        t = t + self.attention.wo(v.flatten(1))  # each v serves H / G heads
+        t = t + self.attention.wo(v.flatten(1))  # H / G heads share a v
         return w, t + self.feed_forward(self.ffn_norm(t))
 
 

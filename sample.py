@@ -109,9 +109,9 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # from here on, `model.decode` is that of speed/step.py. It uses wq, wk and wv with the adapters merged in
-    # (adapters.fold), and adds b'. A chat keeps two merged copies, one for text and one for images. With
-    # --bits 4, the model stays as it is in lavin.py
+    # from here on, `prefill` and `decode` use wq, wk and wv with the adapters merged in (adapters.fold), by
+    # speed/step.py. A chat about images keeps two merged copies, the other for text. With --bits 4, the model
+    # stays as it is in lavin.py
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

@@ -151,6 +151,7 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
     rank, ranks = cli.processes()
+    # with --shard, all ranks must run equally many forward passes
     steps = shard.Steps if cfg.shard else data.Steps
     dataset = steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
                     image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
@@ -172,8 +173,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # the same L in less memory: the forward pass takes 256 targets at a time, computes their logits, their L
-    # and its gradient, keeps the gradient, and frees the logits. backward() passes the gradient on
+    # the same L in less memory: for 256 targets at a time, the forward pass computes the logits, L and
+    # dL/dhidden, keeps dL/dhidden and frees the logits. backward() starts from dL/dhidden
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)

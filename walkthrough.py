@@ -53,7 +53,7 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor, we print the first four numbers\n"
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nFor each tensor, we print the first four numbers\n"
       "twice: ours, and those of tests/naive.py, independent numpy code that keeps t_m in the sequence.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
@@ -86,13 +86,13 @@ w_vit = []  # of each block, w_0 of both images
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w[:, 0, 0]))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT, for two images (other: red and blue exchanged). [cls] of block 0 has not seen them.",
+print("w_0 in the ViT (other: red and blue exchanged). In block 0, [cls] has not yet attended to an image.",
       *(f"    block {i}: demo {a:.3f}, other {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
-print("A check of the longest way that a gradient takes: to phi_d.bias in the ViT's first adapter. naive.py\n"
-      "adds e to its entries. The response is wrong, 'The answer is B.', as the right one has L = 0 nearly.")
+print("A check of the gradient that travels furthest, to the ViT's first phi_d.bias: naive.py adds e > 0\n"
+      "to all its entries. The response is the wrong 'The answer is B.', as L of the right one is almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -104,7 +104,7 @@ with torch.device("meta"):  # the sizes without the numbers
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
 a, a_vit = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0].adapter_attn
 print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, part in a.named_children()),
-      f"= {count(a)}.\nEach of the 4,096 outputs of phi_u1 has 4 weights and a bias: 4,096 x 5 = 20,480."
+      f"= {count(a)}.\nEach of the 4,096 outputs of phi_u1 reads 4 of 8 units and has a bias: 20,480."
       f"\nLaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
@@ -143,7 +143,7 @@ names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visua
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\nWith the first image, the model predicts 'red' after 'On the left is a big'. In the last layer,\n"
-      "'big' attends mostly to X'_4, from block 3 above. All weights over 0.01, averaged over the heads:",
+      "'big' attends mostly to X'_4, from the ViT's fourth block. Weights over 0.01, averaged over heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges each adapter of LLaMA into wq, wk and wv. q of layer 0 is the same:")
 W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])

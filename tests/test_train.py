@@ -114,6 +114,14 @@ def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path,
             assert (one[n] - other[n]).abs().max() < (whole / 100 if ".f_w." in n else 1e-6), f"{name}: {n}"
 
 
+def test_a_rank_without_a_sample_adds_nothing(small_world, tmp_path, monkeypatch):
+    start = dict(steps=2, epochs=20, warmup=3, lr=9e-3, batch_size=1)
+    run(monkeypatch, flags(small_world, tmp_path / "one", **start))
+    subprocess.run([*TWO_PROCESSES, "train.py", *flags(small_world, tmp_path / "two", **start)], cwd=ROOT,
+                   check=True, capture_output=True)
+    assert same_bits(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux shows them")
 def test_no_thread_outlives_the_process_group(tmp_path):
     """A thread of gloo that outlives it may abort the process while Python shuts down."""
