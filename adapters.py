@@ -14,20 +14,20 @@ reads the hidden state of t_m and gives w_0 and w_1, the weights of the adapters
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code, t_m
 attends only to itself, and no other token attends to t_m. So w depends only on the modality: each layer of a
-trained model has one pair (w_0, w_1) for text and one for images. First consequence: t_m need not stand in
-the sequence, `LLaMA.route` runs it on its own. (All positions then move by one, but LLaMA's attention depends
-only on their differences.) Second: an adapter has no activation. So with constant w, it is one affine map per
-modality, which can be merged (`fold`) into wq, wk and wv, which follow it. The ViT has no t_m: f_w reads the
-image's [cls], which from block 1 on has attended to the patches. So there, w depends on the image.
+trained model has one pair (w_0, w_1) for text and one for images. So, first, t_m need not stand in the
+sequence: `LLaMA.route` runs it on its own. (All positions then move by one, but LLaMA's attention depends
+only on their differences.) Second, an adapter, which has no activation, is one affine map per modality. It
+can be merged (`fold`) into wq, wk and wv. The ViT has no t_m: f_w reads the image's [cls], which from block 1
+on has attended to the patches. So there, w depends on the image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
-Why phi_u1 and phi_u2 become different, though both start at zero. A phi_u's gradient is proportional to its
-routing weight: phi_u1 gets sum_i w_0(i) g(i) over the samples i, phi_u2 gets sum_i w_1(i) g(i). E_m and f_w
-start at random, so text and images have different w, and the two sums differ in direction. (If w were the
-same for all i, one sum would be a multiple of the other. AdamW's step hardly depends on this factor, so
-phi_u1 and phi_u2 would stay equal.) In the ViT, w varies little, so they stay similar.
+Why phi_u1 and phi_u2 become different, though both start at zero. If sample i gives the gradient g(i) to a
+phi_u of routing weight 1, it gives w_0(i) g(i) to phi_u1 and w_1(i) g(i) to phi_u2. E_m and f_w start at
+random, so text and images have different w, and the sums over i differ in direction. (If w were the same for
+all i, one sum would be a multiple of the other. AdamW's step hardly depends on this factor, so phi_u1 and
+phi_u2 would stay equal.) In the ViT, w varies little, so they stay similar.
 
 Shapes: B rows (ViT: images; LLaMA in training: one row), T tokens, d width, r hidden units (8).
 """
@@ -114,8 +114,8 @@ class MMAdapter(nn.Module):
         self.f_w = RoutingWeights(d, cfg.tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [.., T, d] -> z' [.., T, d]. w: one pair per token [.., T, 2], or for all [.., 1, 2], from
-        self.f_w(t_m), which `Block.route` of llama.py and `Block.adapted` of clip.py call."""
+        """z [.., T, d] -> z' [.., T, d]. w [.., T, 2], or [.., 1, 2] if all tokens share a pair. The caller
+        computes it with self.f_w: for LLaMA in `Block.route`, for the ViT in `Block.adapted`."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each

@@ -110,8 +110,8 @@ def main() -> None:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
     # from here on, `prefill` and `decode` use wq, wk and wv with the adapters merged in (adapters.fold), by
-    # speed/step.py. A chat about images keeps two merged copies, the other for text. With --bits 4, the model
-    # stays as it is in lavin.py
+    # speed/step.py. In a chat, an image may come and go, so two merged copies are kept: one for text, one for
+    # images. With --bits 4, the model stays as it is in lavin.py
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

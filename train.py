@@ -173,8 +173,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # the same L in less memory: for 256 targets at a time, the forward pass computes the logits, L and
-    # dL/dhidden, keeps dL/dhidden and frees the logits. backward() starts from dL/dhidden
+    # the same L in less memory. The output matrix is frozen, so backward() needs only dL/dhidden: for 256
+    # targets at a time, the forward pass computes logits, L and dL/dhidden, and frees the logits
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
