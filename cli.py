@@ -28,8 +28,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
         if unknown:
-            flags = [o[2:] for a in self._actions for o in a.option_strings if o.startswith("--")]
-            near = difflib.get_close_matches(unknown[1].replace("-", "_"), flags, n=3, cutoff=0.5)
+            helps = {o[2:]: a.help for a in self._actions for o in a.option_strings if o.startswith("--")}
+            near = difflib.get_close_matches(unknown[1].replace("-", "_"), helps, n=3, cutoff=0.5) or [
+                flag for flag, text in helps.items()
+                if not flag.startswith("no-") and re.search(rf"\b{unknown[1]}", str(text))][:3]
             hint = f"did you mean --{' or --'.join(near)}?" if near else "see --help"
             message = f"unknown flag --{unknown[1]}; {hint}"
         print(f"{self.prog}: {message}", file=sys.stderr)

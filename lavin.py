@@ -146,7 +146,8 @@ class LaVIN(nn.Module):
         return self.loss(self.hidden(batch), self.llama.output.weight, batch.targets)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
-        """Read the prompts -> logits [B, V] of the next token, a cache with room, w [layers, B, 1, 2]"""
+        """Read the prompts -> logits [B, V] of the next token, a cache with room for more tokens, and
+        w [layers, B, 1, 2]"""
         with self.autocast():
             x, w = self.pack(batch)
             cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, x.dtype)

@@ -109,9 +109,9 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # from here on, `prefill` and `decode` use wq, wk and wv with the adapters merged in (adapters.fold), by
-    # speed/step.py. In a chat, an image may come and go, so two merged copies are kept: one for text, one for
-    # images. With --bits 4, the model stays as it is in lavin.py
+    # from here on, LLaMA's adapters are merged into wq, wk and wv (adapters.fold). speed/step.py has the code
+    # of such a model. In a chat, an image may come and go, so the model keeps two merged copies, one for text
+    # and one for images. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

@@ -173,8 +173,8 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
     model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # the same L in less memory. The output matrix is frozen, so backward() needs only dL/dhidden: for 256
-    # targets at a time, the forward pass computes logits, L and dL/dhidden, and frees the logits
+    # the same L in less memory. The output matrix is frozen, so backward() needs only dL/dhidden. For 256
+    # targets at a time, the forward pass computes the logits, L and dL/dhidden. Then it frees the logits
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
@@ -185,7 +185,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)  # log.jsonl and checkpoint.pt
     first = record.start()  # 0; with --resume, restores adapters and optimizer and returns the steps done
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
-    # dataset[step] holds this rank's micro-batches of a step, and the number of targets on all ranks
+    # dataset[step] is a pair: this rank's micro-batches, and the number of targets on all ranks
     batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                           num_workers=workers, pin_memory=device.type == "cuda")
 

@@ -91,7 +91,7 @@ print("w_0 in the ViT (other: red and blue exchanged). In block 0, [cls] has not
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
-print("A check of the gradient that travels furthest, to the ViT's first phi_d.bias: naive.py adds e > 0\n"
+print("A check of the gradient that travels furthest, to the ViT's first phi_d.bias. naive.py adds e\n"
       "to all its entries. The response is the wrong 'The answer is B.', as L of the right one is almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()

@@ -8,6 +8,7 @@ import cli
 import pytest
 
 import evaluate
+import train
 
 
 @dataclass
@@ -143,6 +144,8 @@ def test_an_empty_word_is_refused_unless_it_means_something(capsys):
 def test_unknown_flags_and_recipes(capsys):
     assert refused(capsys, "--batchsize", "3") == "unknown flag --batchsize; did you mean --batch_size?"
     assert refused(capsys, "--zzzz") == "unknown flag --zzzz; see --help"
+    near = "did you mean --resume or --recompute_blocks or --save_every?"  # their help texts hold the word
+    assert refused(capsys, "--checkpoint", config=train.Config) == f"unknown flag --checkpoint; {near}"
     told = refused(capsys, "--recipe", "soup", presets=PRESETS)
     assert told == "unknown --recipe 'soup'; known: tiny, paper"
 

@@ -114,6 +114,13 @@ def test_two_processes_equal_accumulation_equal_one_batch(small_world, tmp_path,
             assert (one[n] - other[n]).abs().max() < (whole / 100 if ".f_w." in n else 1e-6), f"{name}: {n}"
 
 
+def test_recompute_blocks_reaches_the_model(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for chosen in (False, True):
+        model, _ = train.build(train.Config(recompute_blocks=chosen), torch.device("cpu"), torch.float32)
+        assert model.llama.recompute_blocks is chosen
+
+
 def test_a_rank_without_a_sample_adds_nothing(small_world, tmp_path, monkeypatch):
     start = dict(steps=2, epochs=20, warmup=3, lr=9e-3, batch_size=1)
     run(monkeypatch, flags(small_world, tmp_path / "one", **start))
