@@ -15,27 +15,27 @@ reads the hidden state of t_m and gives w_0 and w_1, the weights of the adapters
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code, t_m
 attends only to itself, and no other token attends to t_m. So w depends only on the modality: each layer of a
 trained model has one pair (w_0, w_1) for text and one for images. So, first, t_m need not stand in the
-sequence: `LLaMA.route` runs it on its own. (All positions then move by one, but LLaMA's attention depends
-only on their differences.) Second, an adapter, which has no activation, is one affine map per modality. It
-can be merged (`fold`) into wq, wk and wv. The ViT has no t_m: f_w reads the image's [cls], which from block 1
-on has attended to the patches. So there, w depends on the image.
+sequence: it runs through LLaMA on its own (`llama.Block.route`). (All positions then move by one, but LLaMA's
+attention depends only on their differences.) Second, an adapter, which has no activation, is one affine map
+per modality. It can be merged (`fold`) into wq, wk and wv. The ViT has no t_m: f_w reads the image's [cls],
+which from block 1 on has attended to the patches. So there, w depends on the image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
-Why phi_u1 and phi_u2 become different, though both start at zero. If sample i gives the gradient g(i) to a
-phi_u of routing weight 1, it gives w_0(i) g(i) to phi_u1 and w_1(i) g(i) to phi_u2. E_m and f_w start at
-random, so text and images have different w, and the sums over i differ in direction. (If w were the same for
-all i, one sum would be a multiple of the other. AdamW's step hardly depends on this factor, so phi_u1 and
-phi_u2 would stay equal.) In the ViT, w varies little, so they stay similar.
+Why phi_u1 and phi_u2 become different, though both start at zero. Let g(i) be the gradient that sample i
+would give to a single phi_u without a router. With the router, the gradient of phi_u1 is the sum of
+w_0(i) g(i) over all i, and that of phi_u2 is the sum of w_1(i) g(i). E_m and f_w start at random, so text and
+images have different w, and the two sums point in different directions. (If all samples had the same w, one
+sum would be a multiple of the other. AdamW's step hardly depends on this factor, so phi_u1 and phi_u2 would
+stay equal.) In the ViT, w varies little, so they stay similar.
 
-Shapes: B rows (ViT: images; LLaMA in training: one row), T tokens, d width, r hidden units (8).
+Shapes: T tokens, d width, r hidden units (8). The axes before T differ between LLaMA and the ViT.
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -70,22 +70,23 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [B, T, r] is False where a unit is dropped; None: no dropout. Not nn.Dropout: data.py draws a mask
-    for each sample, which stays the same however the batch is split."""
+    """mask [.., T, r] is False where a unit is dropped; None: no dropout. We do not use nn.Dropout, because
+    data.py draws the mask of each sample from a seed of its own: it is the same on one GPU and on eight."""
     return h if mask is None else h * mask / (1 - p)
 
 
 class RepAdapter(nn.Module):
-    """A single adapter f_a(z) = phi_u(phi_d(z)), as in the first rows of Table 2. It returns z + s f_a(z)."""
+    """The first rows of Table 2: one adapter f_a(z) = phi_u(phi_d(z)), no router; it returns z + s f_a(z).
+    (f_a1 and f_a2 of Eq. (2) are RepAdapters, too. They share phi_d, so MMAdapter does not use it.)"""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
         self.cfg = cfg
         self.phi_d, self.phi_u = xavier(nn.Linear(d, cfg.dim)), GroupedLinear(cfg.dim, d)
 
-    def forward(self, z: torch.Tensor, w: None = None, dropout_mask=None) -> torch.Tensor:
-        """z [B, T, d] -> z' [B, T, d]. w is ignored; it is here because a block calls both kinds alike."""
-        h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
+    def forward(self, z: torch.Tensor, w=None, dropout_mask=None) -> torch.Tensor:
+        """z [.., T, d] -> z' [.., T, d]. w is ignored; it is here because a block calls both kinds alike."""
+        h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [.., T, r]
         return z + self.cfg.scale * self.phi_u(h)  # the released code returns phi_u(h) alone
 
 
@@ -114,10 +115,10 @@ class MMAdapter(nn.Module):
         self.f_w = RoutingWeights(d, cfg.tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [.., T, d] -> z' [.., T, d]. w [.., T, 2], or [.., 1, 2] if all tokens share a pair. The caller
-        computes it with self.f_w: for LLaMA in `Block.route`, for the ViT in `Block.adapted`."""
-        h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [B, T, r]
-        f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [B, T, d] each
+        """z [.., T, d] -> z' [.., T, d]. w = f_w(t_m), [.., T, 2], or [.., 1, 2] if all tokens share a pair.
+        It is computed in llama.Block.route and in clip.Block.attention_input."""
+        h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [.., T, r]
+        f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [.., T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
         mixed = w_0 * f_a1 + w_1 * f_a2  # Eq. (3): router(f_a1(Z), f_a2(Z)) = w_0 f_a1(Z) + w_1 f_a2(Z)
         return z + self.cfg.scale * mixed  # Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m))
@@ -149,12 +150,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def freeze_base(model: nn.Module) -> None:
     """Let gradients reach only theta_a; all other parameters are frozen."""
-    for name, p in model.named_parameters():
-        p.requires_grad_("adapter_" in name)
-
-
-def recompute(f, *args):
-    """f(*args), but autograd keeps only args. The backward pass runs f again, so f must not be random."""
-    if not torch.is_grad_enabled():
-        return f(*args)
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+    model.requires_grad_(False)
+    for p in trainable(model).values():
+        p.requires_grad_(True)

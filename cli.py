@@ -1,12 +1,12 @@
 """Command lines from dataclasses: a field is a flag, its default is the flag's, its comment is the help text.
 
-    epochs: float = 1.0  # [0, inf) passes over the train split
-    dropout: float = 0.0  # [0, 1) dropout inside the adapters
+    epochs: float = 1.0  # passes over the train split [0, inf)
+    dropout: float = 0.0  # dropout inside the adapters [0, 1)
 
-The comment of a number may start with its range: "[" and "]" include the bound, "(" and ")" exclude it,
-inf is no bound. parse() refuses any other number in one line with exit status 2: "train.py: --dropout
-2.0: expected a number from 0 to below 1". A float without a range must be finite. A text may be empty if its
-default is, or if its comment says what "" means: `"": none`.
+The comment of a number may end with its range: "[" and "]" include the bound, "(" and ")" exclude it, inf is
+no bound. parse() refuses any other number in one line with exit status 2: "train.py: --dropout 2.0: expected
+a number from 0 to below 1". A float without a range must be finite. A text may be empty if its default is, or
+if its comment says what "" means: `"": none`.
 """
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from evaluation import ending
 
 ending.handle_signals(os.path.dirname(os.path.abspath(__file__)))
-RANGE = re.compile(r"([\[(])(-?[\d.]+|-inf), (-?[\d.]+|inf)([\])])")
+RANGE = re.compile(r"([\[(])(-?[\d.]+|-inf), (-?[\d.]+|inf)([\])])$")
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,8 +45,9 @@ def underscored(word: str) -> str:
 
 def out_of_range(value: int | float, comment: str) -> str:
     """What a flag with this comment expects instead of `value`; "" if the value is in range."""
-    found = RANGE.match(comment)
-    assert found or not comment.startswith(("[", "(")), f"declare a range like [0, 1), not {comment!r}"
+    found = RANGE.search(comment)
+    malformed = not found and re.search(r"[\[(]\w+[, ]+\w+[\])]?$", comment)
+    assert not malformed, f"declare a range like [0, 1), not {comment!r}"
     opening, low, high, closing = found.groups() if found else ("(", "-inf", "inf", ")")
     above_low = value >= float(low) if opening == "[" else value > float(low)
     below_high = value <= float(high) if closing == "]" else value < float(high)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import weights
-from adapters import recompute
+from llama import recomputed
 
 
 @dataclass
@@ -71,17 +71,17 @@ class MLP(nn.Module):
     def __init__(self, cfg: CLIPConfig):
         super().__init__()
         self.c_fc, self.c_proj = nn.Linear(cfg.width, 4 * cfg.width), nn.Linear(4 * cfg.width, cfg.width)
-        self.activation = ACTIVATIONS[cfg.activation]
+        self.activation = recomputed(ACTIVATIONS[cfg.activation])
 
     def forward(self, x):
-        return self.c_proj(recompute(self.activation, self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
     For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the output
-    of attention and the log-sum-exp of each head's scores (see llama.Block); c_fc x. The rest is recomputed.
+    of attention and the log-sum-exp of each head's scores (see llama.Block); c_fc(x). The rest is recomputed.
     """
 
     def __init__(self, cfg: CLIPConfig):
@@ -93,8 +93,9 @@ class Block(nn.Module):
         self.adapter_attn = None  # an MMAdapter, once LaVIN adds it
         self.vit_routing = "cls"  # or "token"
 
-    def adapted(self, x, dropout_mask):
-        """The input of the attention: normalise, then Eq. (2). Each image is routed by its own [cls].
+    @recomputed
+    def attention_input(self, x, dropout_mask):
+        """Normalise, then Eq. (2). Each image is routed by its own [cls].
 
         In the released code, f_w reads z[:, 0], and z is [T, N, C] there. So z[:, 0] is not the [cls] token,
         but all tokens of the batch's first image: token i of every image is routed by token i of the first.
@@ -109,8 +110,8 @@ class Block(nn.Module):
 
     def forward(self, x, dropout_mask=None):
         """x [N, T, C]; dropout_mask of the adapter's hidden units, [N, T, r]"""
-        x = x + self.attn(recompute(self.adapted, x, dropout_mask))
-        return x + self.mlp(recompute(self.ln_2, x))
+        x = x + self.attn(self.attention_input(x, dropout_mask))
+        return x + self.mlp(recomputed(self.ln_2)(x))
 
 
 class VisionTransformer(nn.Module):

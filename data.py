@@ -8,8 +8,8 @@ Lecture, Explanation):
     prompt    "Question: Which of these .. ?\nContext: N/A\nOptions: (A) copper (B) glass\nResponse:"
     response  "The answer is A. BECAUSE: .." [EOS]
 
-Without an image the head is [BOS] "Image: N/A". The targets are the response and EOS. The modality token is
-not in the sequence (see adapters.py).
+Without an image the head is [BOS] "Image: N/A". As in the released code, no space separates prompt and
+response. The targets are the response and EOS. The modality token is not in the sequence (see adapters.py).
 
 Everything random depends only on (seed, epoch) or (seed, step, sample), not on how a batch is split.
 """
@@ -47,8 +47,8 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    # as released, the prompt's length is that of the prompt encoded alone. So the border is off by a token if
-    # the tokenizer joins the end of the prompt and the start of the response
+    # as in the released code, we count the prompt's tokens by encoding it alone. If the tokenizer merges the
+    # prompt's last character with the response's first, the first target is off by one
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
@@ -84,7 +84,7 @@ class Batch(NamedTuple):
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    images: torch.Tensor | None = None  # [N, 3, H, W], distinct; if masked, one per sample
+    images: torch.Tensor | None = None  # [N, 3, H, W], each file once (with dropout: once per sample)
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
     image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
@@ -114,7 +114,8 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
 
 
 class Steps(torch.utils.data.Dataset):
-    """One item per optimizer step: this rank's micro-batches, and the number of targets over all ranks.
+    """Item s holds what optimizer step s needs: this rank's micro-batches, and the number of targets over all
+    ranks.
 
     Each epoch shuffles all samples, with and without an image: the paper's mixture-of-modality training.
     """

@@ -36,7 +36,7 @@ class ModelFlags:
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
     any_base: bool = False  # accept base weights other than those that the adapters were trained on
-    limit: int = 0  # [0, inf) use only the first N questions (coco, mme: pictures); 0: all
+    limit: int = 0  # use only the first N questions (coco, mme: pictures); 0: all [0, inf)
     json: bool = False  # print the scores as one JSON line instead of a table
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu, ..
     dtype: str = "auto"  # auto, bf16 or fp32
@@ -46,11 +46,11 @@ class ModelFlags:
 @dataclass
 class GenerationFlags(ModelFlags):
     """Flags of the commands that generate text."""
-    max_new_tokens: int = 0  # [0, inf) longest answer, in tokens; 0: as in training
-    temperature: float = 0.0  # [0, inf) 0 is greedy and repeatable; the paper samples at 0.1
-    top_p: float = 0.75  # (0, 1] nucleus sampling from this share of the probability, as in the paper
-    seed: int = 0  # [0, inf) seed of the sampling
-    batch_size: int = 64  # [1, inf) questions that each process answers at once
+    max_new_tokens: int = 0  # longest answer, in tokens; 0: as in training [0, inf)
+    temperature: float = 0.0  # 0 is greedy and repeatable; the paper samples at 0.1 [0, inf)
+    top_p: float = 0.75  # nucleus sampling from this share of the probability, as in the paper (0, 1]
+    seed: int = 0  # seed of the sampling [0, inf)
+    batch_size: int = 64  # questions that each process answers at once [1, inf)
 
 
 @dataclass
@@ -90,7 +90,7 @@ class COCO(GenerationFlags):
     out: str = "out/coco.jsonl"  # .jsonl file for the captions; if it exists, the run resumes from it
     predictions: str = ""  # score this file instead: {id: text}, or COCO's [{image_id, caption}]
     references: str = ""  # what --predictions is scored against: dataset_coco.json, or COCO's captions_*.json
-    max_new_tokens: int = 40  # [0, inf) longest caption, in tokens; 0: as in training
+    max_new_tokens: int = 40  # longest caption, in tokens; 0: as in training [0, inf)
 
 
 def coco(cfg: COCO) -> tuple[dict, str] | None:
@@ -123,7 +123,7 @@ class MME(GenerationFlags):
     out: str = "out/mme"  # folder for the predictions and, at the end, the <task>.txt files
     results: str = ""  # score the <task>.txt files in this folder instead of running the model
     tasks: str = ""  # use only these tasks, separated by commas
-    max_new_tokens: int = 16  # [0, inf) longest reply, in tokens; its first four characters count
+    max_new_tokens: int = 16  # longest reply, in tokens; its first four characters count [0, inf)
 
 
 def mme(cfg: MME) -> tuple[dict, str] | None:

@@ -54,12 +54,11 @@ class Neck(nn.Module):
 
 def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     """hidden [targets, C]: the output of LLaMA's last norm, at the positions whose next token is a target.
-    W [V, C]: LLaMA's output matrix. R [targets]: ids of the targets, of all samples i and all s, with EOS.
-    Returns L, fp32."""
-    # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
-    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V]
-    log_p_R = log_p.gather(1, R[:, None])  # [targets, 1]
-    return -log_p_R.sum()
+    W [V, C]: LLaMA's output matrix. R [targets]: ids of the targets R_s^i, EOS included: all s of one sample,
+    then all s of the next. Returns L, fp32."""
+    log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V], for each possible token
+    log_p_R = log_p.gather(1, R[:, None])  # [targets, 1], log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
+    return -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
 
 
 class LaVIN(nn.Module):
@@ -67,7 +66,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py wraps it, so that it takes less memory
+        self.loss = negative_log_likelihood  # train.py puts in a version that needs less memory
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -99,7 +98,13 @@ class LaVIN(nn.Module):
 
     def routing_weights(self) -> torch.Tensor | None:
         """w [layers, 2, 2]: each layer's weights for TEXT and for IMAGE. None without routers."""
-        return self.llama.route(self.modality_tokens()) if self.cfg.adapter.kind == "mm" else None
+        if self.cfg.adapter.kind != "mm":
+            return None
+        t, routing_weights = self.modality_tokens(), []
+        for block in self.llama.layers:  # the modality tokens run through LLaMA on their own
+            w, t = block.route(t)
+            routing_weights.append(w)
+        return torch.stack(routing_weights)
 
     def encode_images(self, batch: Batch) -> torch.Tensor | list:
         """X' of each sample with an image, [.., n, C]. For text, the ViT does not run."""
@@ -113,21 +118,21 @@ class LaVIN(nn.Module):
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]. As in the released code, X' stands inside Y, after [BOS] "Image: ".
         t_m is not in Z: no other token sees it, it acts only through the routing weights. In training, Y_rest
-        ends with R: attention is causal, so one pass gives all factors of Eq. (5)."""
+        ends with R: attention is causal, so one pass gives all terms of Eq. (5)."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # Y_head, Y_rest, Y_head, ..
         X_primes = iter(self.encode_images(batch))  # [n, C] each
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             if modality == IMAGE:
                 X_prime = next(X_primes)
-                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], but without t_m
+                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y] less t_m; X' is inside Y
             else:
-                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y], but without t_m
+                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y] less t_m
             inputs.append(Z)
         return inputs
 
     def pack(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All Z end to end, [1, T, C]; w of each token in each layer, [layers, 1, T, 2], or None."""
+        """x: all Z end to end, [1, T, C]; w of each token in each layer, [layers, 1, T, 2], or None."""
         x, w = torch.cat(self.embed(batch))[None], self.routing_weights()
         if w is None:
             return x, None
@@ -172,16 +177,15 @@ class LaVIN(nn.Module):
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        # the shortest prompt leaves the most room; answers to longer ones end earlier, see `done`
+        # the shortest prompt has the most room left; `done` ends the answers to longer prompts earlier
         max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
         logits, cache, w = self.prefill(batch, max_new_tokens)
         for s in range(1, max_new_tokens + 1):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a). Pass s of this loop computes
-            # one factor, for all possible R_s: p(. | Z, R_{0:s-1}). `pick` chooses R_s
-            p = torch.softmax(logits, -1)  # [B, V]
-            R_s = pick(p, temperature, top_p, random)  # [B]
+            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a); pass s computes factor s
+            p = torch.softmax(logits, -1)  # [B, V]: p(R_s | Z, R_{0:s-1}) of every possible R_s
+            R_s = pick(p, temperature, top_p, random)  # [B]: one of them
             ids = R_s.tolist()
             # an answer ends with EOS, or when its prompt (n tokens) and s tokens do not fit in the context
             done = [d or id == eos or n + s > context for d, id, n in zip(done, ids, batch.lengths)]

@@ -2,10 +2,10 @@
 
 weights.py reads official weights, in Meta's layout or Hugging Face's. Parameters have Meta's names.
 
-There are three ways through the blocks: `forward` trains on packed sequences (end to end in one row, without
-padding), `prefill` reads packed prompts into a cache, `decode` reads one more token of each sequence. Each
-has its own `attend` for the attention. Besides, `route` is for modality tokens, which see only themselves.
-`recompute(f, x)` is f(x): to save memory, autograd keeps only x, and the backward pass runs f again.
+There are three ways through the blocks. `forward` trains on packed sequences (end to end in one row, without
+padding). `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence. The
+three differ only in the attention: each defines a function attend(layer, q, k, v), which the blocks call.
+A fourth way, `Block.route`, is for modality tokens, which see only themselves.
 
 Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
 G = H), D = C / H, S slots of a cache, r hidden units of an adapter.
@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import weights
-from adapters import recompute
 from official.rope import slowed
 
 
@@ -48,6 +48,10 @@ PRESETS = {
 }
 
 
+# a decorator that saves memory: autograd keeps only the arguments of f, and the backward pass runs f again
+recomputed = lambda f: lambda *args: checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight, in fp32"""
@@ -59,7 +63,8 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     angle p freq_j, so q k depends only on the distance. positions [.., T] -> e^(i angle), [.., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged in LLaMA-1 and 2
+    freq = slowed(freq, cfg.rope_scaling) if cfg.rope_scaling else freq  # scaled only from LLaMA-3.1 on
+    angle = positions[..., None, None].float() * freq
     return torch.complex(angle.cos(), angle.sin())
 
 
@@ -99,36 +104,41 @@ class KVCache:
         return positions
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
-        """Store k, v [tokens, G, D], the i-th at rows[i], positions[i]; return all, [B, filled, G, D]."""
-        self.k[layer][rows, :, positions] = k  # [tokens, G, D]: torch puts indexed axes first
-        self.v[layer][rows, :, positions] = v
-        return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
+        """Slot p of row b is for token p of sequence b. Write k, v [tokens, G, D], the i-th into row rows[i],
+        slot positions[i]. Return [B, filled, G, D]; the last slots of shorter sequences are empty."""
+        cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # [B, S, G, D]
+        cached_k[rows, positions], cached_v[rows, positions] = k, v
+        return cached_k[:, :self.filled], cached_v[:, :self.filled]
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.D, self.heads_per_v = cfg.dim // cfg.n_heads, cfg.n_heads // cfg.n_kv_heads
-        C, C_kv = cfg.dim, cfg.n_kv_heads * self.D
+        self.H, self.G, self.D = cfg.n_heads, cfg.n_kv_heads, cfg.dim // cfg.n_heads
+        C, C_kv = cfg.dim, self.G * self.D
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, out, bias=False) for out in (C, C_kv, C_kv, C))
 
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(rotate(q, rope), rotate(k, rope), v)  # from LLaMA.forward, prefill or decode
+        y = attend(rotate(q, rope), rotate(k, rope), v)  # that of LLaMA.forward, prefill or decode
         return self.wo(y.reshape(B, T, C))
+
+    def to_itself(self, z):
+        """Attention when each token, z [M, C], sees only itself: softmax of one score is 1. It returns v."""
+        v = self.wv(z).view(-1, self.G, 1, self.D).expand(-1, -1, self.H // self.G, -1)  # H / G heads share v
+        return self.wo(v.reshape(z.shape))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1(x)) * w3(x))"""
-
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
         self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False) for _ in range(2))
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+        self.swiglu = recomputed(lambda x1, x3: F.silu(x1) * x3)
 
     def forward(self, x):
-        return self.w2(recompute(lambda gate, up: F.silu(gate) * up, self.w1(x), self.w3(x)))
+        return self.w2(self.swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -144,24 +154,22 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps) for _ in range(2))
         self.adapter_attn = None  # an MMAdapter or RepAdapter, once LaVIN adds it
 
-    def adapted(self, x, w, dropout_mask):
-        """The input of the attention: normalise, then Eq. (2). The residual x itself is not adapted."""
+    @recomputed
+    def attention_input(self, x, w, dropout_mask):
+        """Normalise, then Eq. (2). The residual x itself is not adapted."""
         z = self.attention_norm(x)
         return z if self.adapter_attn is None else self.adapter_attn(z, w, dropout_mask)
 
     def forward(self, x, rope, attend, w=None, dropout_mask=None):
         """x [B, T, C]; w: this layer's routing weights; w and dropout_mask may be None"""
-        x = x + self.attention(recompute(self.adapted, x, w, dropout_mask), rope, attend)
-        return x + self.feed_forward(recompute(self.ffn_norm, x))
+        x = x + self.attention(self.attention_input(x, w, dropout_mask), rope, attend)
+        return x + self.feed_forward(recomputed(self.ffn_norm)(x))
 
     def route(self, t):
-        """M modality tokens t [M, C] -> the routing weights of this layer, [M, 2], and t for the next layer.
-        Each sees only itself. The softmax of a single score is 1, so attention returns the value v."""
+        """Modality tokens t [M, C] -> this layer's routing weights [M, 2], and t for the next layer."""
         z = self.attention_norm(t)
         w = self.adapter_attn.f_w(z)
-        v = self.attention.wv(self.adapter_attn(z, w))  # no dropout; released code: dropout here, too
-        v = v.unflatten(1, (-1, self.attention.D)).repeat_interleave(self.attention.heads_per_v, dim=1)
-        t = t + self.attention.wo(v.flatten(1))  # H / G heads share a v
+        t = t + self.attention.to_itself(self.adapter_attn(z, w))  # the released code has dropout here, too
         return w, t + self.feed_forward(self.ffn_norm(t))
 
 
@@ -176,8 +184,8 @@ class LLaMA(nn.Module):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)  # LaVIN applies it where needed
 
     def forward(self, x, w=None, lengths: list[int] | None = None, dropout_mask=None) -> torch.Tensor:
-        """x [B, T, C] -> hidden states after the last norm, [B, T, C]. LaVIN passes one row (B = 1) of packed
-        sequences. Without lengths, a row is a sequence. w [layers, B, T, 2]; dropout_mask [.., T, r]"""
+        """x [B, T, C] -> hidden states after the last norm, [B, T, C]. lengths: of the sequences packed in a
+        row; None: each row is one sequence. w [layers, B, T, 2]; dropout_mask [layers, B, T, r]"""
         lengths = lengths or [x.shape[1]]
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
         attend = lambda layer, q, k, v: packed_attention(q, k, v, lengths)
@@ -212,17 +220,9 @@ class LLaMA(nn.Module):
         for i, block in enumerate(self.layers):
             w_i = None if w is None else w[i]
             mask_i = None if dropout_mask is None else dropout_mask[i]
-            run = partial(recompute, block) if self.recompute_blocks else block
-            x = run(x, rope, partial(attend, i), w_i, mask_i)
+            run = recomputed(block) if self.recompute_blocks else block
+            x = run(x, rope, partial(attend, i), w_i, mask_i)  # partial: attend(q, k, v) for layer i
         return self.norm(x)
-
-    def route(self, t: torch.Tensor) -> torch.Tensor:
-        """Routing weights [layers, M, 2] of M modality tokens t [M, C]."""
-        routing_weights = []
-        for block in self.layers:
-            w, t = block.route(t)
-            routing_weights.append(w)
-        return torch.stack(routing_weights)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32, after_read=None) -> "LLaMA":

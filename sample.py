@@ -40,10 +40,10 @@ class Config:
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
     any_base: bool = False  # accept another base than the one the adapters were trained on
-    max_new_tokens: int = 0  # [0, inf) longest answer; 0: as trained
-    temperature: float = 0.1  # [0, inf) 0: greedy
-    top_p: float = 0.75  # (0, 1] nucleus
-    seed: int = 0  # [0, inf) of the sampling
+    max_new_tokens: int = 0  # longest answer, in tokens; 0: as in training [0, inf)
+    temperature: float = 0.1  # of the sampling; 0: greedy, always the likeliest token [0, inf)
+    top_p: float = 0.75  # sample from the likeliest tokens that share this much probability (0, 1]
+    seed: int = 0  # seed of the sampling [0, inf)
     compile: bool = False  # compile the decoding step: 10 s to a minute, then faster tokens; needs g++
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # bf16 or fp32
@@ -56,15 +56,15 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', earlier turns, prompt
     tokens = model.stream(batch, max_new_tokens, eos, cfg.temperature, cfg.top_p, cfg.seed)  # Eq. (8)
-    tokens = Meter(model, batch.lengths[0], tokens)  # measures the time of each
+    meter = Meter(model, batch.lengths[0], tokens)  # yields the same tokens, and measures the time of each
     try:
-        for text in conversation.to_text(tokens):  # decodes the tokens, and keeps them as a turn
+        for text in conversation.to_text(meter):  # decodes the tokens, and keeps them as a turn
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
             raise
     print(flush=True)
-    print(f"[{tokens.report()}]", file=sys.stderr)  # tokens per second
+    print(f"[{meter.report()}]", file=sys.stderr)  # tokens per second
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
@@ -109,9 +109,9 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # from here on, LLaMA's adapters are merged into wq, wk and wv (adapters.fold). speed/step.py has the code
-    # of such a model. In a chat, an image may come and go, so the model keeps two merged copies, one for text
-    # and one for images. With --bits 4, nothing is merged
+    # merge LLaMA's adapters into wq, wk and wv (adapters.fold). The model keeps its `stream` and its answers,
+    # but its blocks have no adapters: q = W' z + b'. w differs between text and images, so a chat, where an
+    # image may come and go, needs two merged copies. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

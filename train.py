@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # first, so that Ctrl-C prints one line and no traceback, even while torch is imported
+import cli  # first: from here on, Ctrl-C prints one line and no traceback
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each field. A field's comment is its help text; brackets give the allowed range
+    # cli.py makes a flag of each field. The comment is its help text, and ends with the range of a number
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -51,26 +51,26 @@ class Config:
     vision: bool = True  # --no-vision: text only, without image encoder
     vit_adapters: bool = True  # adapters in the image encoder too ("joint optimisation")
     adapter: str = "mm"  # in LLaMA: mm (with router) or rep (plain RepAdapter)
-    adapter_dim: int = 8  # [2, 16382] adapter width r
-    scale: float = 1.0  # (0, 1000000] s of Eq. (2)
-    tau: float = 10.0  # (0, 1000000] temperature of the softmax of Eq. (3); the paper: 10 for 7B, 5 for 13B
-    dropout: float = 0.0  # [0, 1) inside the adapters
+    adapter_dim: int = 8  # r, the number of hidden units of an adapter; even [2, 16382]
+    scale: float = 1.0  # s of Eq. (2), which scales the adapters' output (0, 1000000]
+    tau: float = 10.0  # temperature of the softmax of Eq. (3); the paper: 10 for 7B, 5 for 13B (0, 1000000]
+    dropout: float = 0.0  # share of an adapter's hidden units that is dropped [0, 1)
     normalize: str = "clip"  # mean and std of the images: imagenet or clip
     # data
     format: str = "QCM-EA"  # prompt - response: Question, Context, Multiple choice - Explanation, Answer
     captions: bool = False  # append captions.json to the hints
-    max_len: int = 192  # [2, inf) longest sequence in tokens; longer ones are cut
+    max_len: int = 192  # longest sequence in tokens; longer ones are cut [2, inf)
     # optimisation
-    epochs: float = 1.5  # (0, 1000000] passes over the train split
-    warmup: float = 0.06  # [0, 1000000] epochs of linear warm-up
-    batch_size: int = 32  # [1, inf) samples per optimizer step, over all ranks and accumulation steps
-    micro_batch: int = 32  # [1, inf) samples per forward pass
-    lr: float = 0.048  # [0, inf) base learning rate; the rate used is lr x batch_size / 256
-    weight_decay: float = 0.02  # [0, inf) on matrices only
-    beta2: float = 0.95  # [0, 1) of AdamW; beta1 is 0.9
-    clip_grad: float = 0.0  # [0, inf) largest gradient norm; 0: no clipping
-    seed: int = 0  # [0, inf) of initial adapters, data order and dropout
-    steps: int = 0  # [0, inf) stop after this many steps in all; 0: after the last epoch
+    epochs: float = 1.5  # passes over the train split (0, 1000000]
+    warmup: float = 0.06  # epochs of linear warm-up [0, 1000000]
+    batch_size: int = 32  # samples per optimizer step, over all ranks and accumulation steps [1, inf)
+    micro_batch: int = 32  # samples per forward pass [1, inf)
+    lr: float = 0.048  # base learning rate; the rate used is lr x batch_size / 256 [0, inf)
+    weight_decay: float = 0.02  # decay of trained matrices; biases do not decay [0, inf)
+    beta2: float = 0.95  # AdamW's beta2; its beta1 is 0.9 [0, 1)
+    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping [0, inf)
+    seed: int = 0  # decides initial adapters, data order and dropout [0, inf)
+    steps: int = 0  # stop after this many steps in all; 0: after the last epoch [0, inf)
     # machine
     dry_run: bool = False  # print memory and time, do not train; --llama 7B --clip ViT-L/14 need no files
     recompute_blocks: bool = False  # gradient checkpointing: keep less in memory, compute each block twice
@@ -78,12 +78,12 @@ class Config:
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
     bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
     shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); no test after training
-    workers: int = -1  # [-1, 256] processes that decode images; -1: 4 with a GPU, none on a CPU
-    log_every: int = 10  # [1, inf) steps between log lines
-    save_every: int = 100  # [1, inf) steps between writings of OUT/checkpoint.pt
+    workers: int = -1  # processes that decode images; -1: 4 with a GPU, none on a CPU [-1, 256]
+    log_every: int = 10  # steps between log lines [1, inf)
+    save_every: int = 100  # steps between writings of OUT/checkpoint.pt [1, inf)
     # evaluation
     split: str = "test"  # split answered after training; "": none
-    max_new_tokens: int = 48  # [1, 1048576] longest answer
+    max_new_tokens: int = 48  # longest answer [1, 1048576]
 
 
 RECIPES = {"tiny": {}, "paper": dict(
@@ -120,7 +120,7 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
-    # with --shard or --bits 4, a function that shards or quantises a module as soon as it is read; else None
+    # with --shard or --bits 4, a function that spreads or compresses a module once it is read; otherwise None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.recompute_blocks
@@ -135,27 +135,27 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 
 
 def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
-    """Model, tokenizer, batches, test problems. A source is one of the data sets in --data."""
-    datasets = [(source, source.read("train", cfg.format, cfg.captions, cfg.vision))
-                for source in prompts.mixture(cfg.data)]
-    # after training, the model answers the first data set in ScienceQA's layout, such as the small world
-    tested = next((source for source, _ in datasets if source.kind == "scienceqa" and cfg.split), None)
-    tests = tested.read(cfg.split, cfg.format, cfg.captions, cfg.vision) if tested else []
+    """Model, tokenizer, training batches, and the problems that are answered after training."""
+    sources = list(prompts.mixture(cfg.data))  # the data sets that --data names
+    read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
+    samples_of = [read(source, "train") for source in sources]
+    # only data sets in ScienceQA's layout have a test split with choices. The first one is answered
+    to_answer = next((source for source in sources if source.kind == "scienceqa"), None)
+    test_problems = read(to_answer, cfg.split) if to_answer and cfg.split else []
     model, tokenizer = build(cfg, device, dtype)
     n_visual, image_size = (model.vit.n_visual, model.vit.cfg.image_size) if model.vit else (0, 0)
     examples = []
-    for source, samples in datasets:
+    for source, samples in zip(sources, samples_of):
         kept, count = data.encode_all(samples, tokenizer, n_visual, cfg.max_len)
         say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
     rank, ranks = cli.processes()
-    # with --shard, all ranks must run equally many forward passes
-    steps = shard.Steps if cfg.shard else data.Steps
-    dataset = steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
-                    image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
-    return model, tokenizer, dataset, tests
+    kind = shard.Steps if cfg.shard else data.Steps  # with --shard, all ranks run equally many forward passes
+    steps = kind(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
+                 image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
+    return model, tokenizer, steps, test_problems
 
 
 def summary(cfg: Config, n_trained: int, per_epoch: int, ranks: int, total: int, warmup: int) -> str:
@@ -172,25 +172,25 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     is_main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
-    model, tokenizer, dataset, tests = prepare(cfg, device, dtype, say)
-    # the same L in less memory. The output matrix is frozen, so backward() needs only dL/dhidden. For 256
-    # targets at a time, the forward pass computes the logits, L and dL/dhidden. Then it frees the logits
+    model, tokenizer, steps, test_problems = prepare(cfg, device, dtype, say)
+    # the same L in less memory: only 256 targets have logits at a time, and none are kept for backward().
+    # Without this line, training gives the same adapters
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
-    total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
+    total, warmup = max(1, round(cfg.epochs * steps.per_epoch)), round(cfg.warmup * steps.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     n_trained = sum(p.numel() for p in theta_a.values())
-    say(f"{device}, {dtype}: {summary(cfg, n_trained, dataset.per_epoch, ranks, total, warmup)}")
-    record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)  # log.jsonl and checkpoint.pt
+    say(f"{device}, {dtype}: {summary(cfg, n_trained, steps.per_epoch, ranks, total, warmup)}")
+    record = Record(cfg, dtype, model, optimizer, steps, stop, is_main)  # log.jsonl and checkpoint.pt
     first = record.start()  # 0; with --resume, restores adapters and optimizer and returns the steps done
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
-    # dataset[step] is a pair: this rank's micro-batches, and the number of targets on all ranks
-    batches = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
-                                          num_workers=workers, pin_memory=device.type == "cuda")
+    # steps[step] is a pair: this rank's micro-batches, and the number of targets on all ranks
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, stop),
+                                         num_workers=workers, pin_memory=device.type == "cuda")
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
-    for step, (micro_batches, n_targets) in enumerate(batches, start=first):
+    for step, (micro_batches, n_targets) in enumerate(loader, start=first):
         optimizer.zero_grad(set_to_none=False)
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
@@ -206,16 +206,16 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         norm = torch.nn.utils.clip_grad_norm_(theta_a.values(), cfg.clip_grad or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, warmup, total)
-        optimizer.step()  # changes theta_a
+        optimizer.step()  # moves theta_a towards theta_a*
         record.step(step, loss, norm)
 
     if is_main:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))
         say(f"wrote {out / 'adapters.safetensors'} and {chart.curve(out / 'log.jsonl')}")
-    if tests and not cfg.shard:  # each rank answers its share; a sharded model would need all ranks at once
+    if test_problems and not cfg.shard:  # each rank answers its share; a sharded model would need all at once
         from evaluation import answering
-        answering.answer_split(model, tokenizer, tests, out, cfg.max_new_tokens)
+        answering.answer_split(model, tokenizer, test_problems, out, cfg.max_new_tokens)
 
 
 def main() -> None:
@@ -230,7 +230,7 @@ def main() -> None:
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
-        world.ensure(SMALL_WORLD)  # generates it at its first use; meanwhile, the other ranks wait below
+        world.ensure(SMALL_WORLD)  # its first use: generate it. The other ranks wait in the next line
     with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # waits for all ranks
         train(cfg, device, dtype)
 

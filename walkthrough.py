@@ -19,15 +19,15 @@ from tests import naive
 
 
 # %% Two helpers: show the code of an equation, compare two values
-def equation(n: int, title: str, *functions, below: tuple = ()) -> None:
-    """Of each function, print the line tagged Eq. (n), and later lines that contain a string of `below`."""
+def equation(n: int, title: str, *functions, also: tuple = ()) -> None:
+    """Of each function, print the line tagged Eq. (n), and the lines that contain a string of `also`."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
         lines = inspect.getsource(f).splitlines()
-        i = next(i for i, line in enumerate(lines) if f"# Eq. ({n}):" in line)
-        shown = [i, *(k for k in range(i + 1, len(lines)) if any(word in lines[k] for word in below))]
+        words = f"# Eq. ({n}):", *also
+        shown = [k for k, line in enumerate(lines) if any(word in line for word in words)]
         code = textwrap.dedent("\n".join(lines[k] for k in shown)).splitlines()
-        code = ["..\n    " * (k > i and k - 1 not in shown) + line for k, line in zip(shown, code)]
+        code = ["..\n    " * (k > shown[0] and k - 1 not in shown) + line for k, line in zip(shown, code)]
         print(f"in {f.__qualname__}:", *code, sep="\n    ")
 
 def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
@@ -62,7 +62,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("`mixed` is Eq. (3). Here, Z is what layer 0's adapter reads: the 26 tokens of Eq. (7), normalised.")
+print("`mixed` is Eq. (3). Z is the input of layer 0, normalised: 26 tokens, which Eq. (7) below lists.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -86,13 +86,14 @@ w_vit = []  # of each block, w_0 of both images
 for block in model.vit.transformer.resblocks:
     block.adapter_attn.f_w.register_forward_hook(lambda f_w, cls, w: w_vit.append(w[:, 0, 0]))
 model.vit(torch.stack([picture, exchanged]))
-print("w_0 in the ViT (other: red and blue exchanged). In block 0, [cls] has not yet attended to an image.",
-      *(f"    block {i}: demo {a:.3f}, other {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
+print("w_0 in the ViT, for demo.png and for the same image with red and blue exchanged. In block 0, they\n"
+      "are equal, because there [cls] has not yet attended to any patch.",
+      *(f"    block {i}: demo {a:.3f}, exchanged {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "training", train.train, below=("for step", "for batch", "L = ", "backward", "r.step"))
-print("A check of the gradient that travels furthest, to the ViT's first phi_d.bias. naive.py adds e\n"
-      "to all its entries. The response is the wrong 'The answer is B.', as L of the right one is almost 0.")
+equation(4, "training", train.train, also=("for step", "for batch", "L = ", ").backward", "r.step"))
+print("We check the gradient of phi_d.bias in the ViT's first block, summed over its entries. naive.py adds\n"
+      "e to each of them. The response is the wrong 'The answer is B.': L of the right one is almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -109,7 +110,7 @@ print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, 
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, f"L of two responses\n{RED}\nThe answer is B.", lavin.negative_log_likelihood, below=("log_p",))
+equation(5, f"L of two responses\n{RED}\nThe answer is B.", lavin.negative_log_likelihood, also=("log_p",))
 here, there = [model(right_batch), model(wrong_batch)], [-x.log_p.sum() for x in (naive_right, naive_wrong)]
 check("L", "response", here, there)
 
@@ -118,7 +119,7 @@ equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in rele
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input; Y_head is [BOS] 'Image: '", LaVIN.embed, below=("Z = ",))
+equation(7, "the input; Y_head is [BOS] 'Image: '", LaVIN.embed, also=("Z = torch",))
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):
@@ -126,7 +127,7 @@ for what, e in ("image", asked), ("text", text):
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation; below, p of each R_s", LaVIN.stream, below=("# one", "p = ", "R_s = ", "decode"))
+equation(8, "generation; below, p of each R_s", LaVIN.stream, also=("for s", " p = ", "R_s =", ".decode"))
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
@@ -142,8 +143,8 @@ q, k = (x[0] for x in attention.call_args.args[:2])  # of the last layer, rotate
 names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visual)), *words(right.rest)]
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
-print("\nWith the first image, the model predicts 'red' after 'On the left is a big'. In the last layer,\n"
-      "'big' attends mostly to X'_4, from the ViT's fourth block. Weights over 0.01, averaged over heads:",
+print("\nFor demo.png, the model predicts 'red' after 'On the left is a big'. In the last layer, 'big'\n"
+      "attends mostly to X'_4, from the ViT's fourth block. Weights over 0.01, averaged over heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nFolding merges each adapter of LLaMA into wq, wk and wv. q of layer 0 is the same:")
 W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])

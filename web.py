@@ -35,14 +35,14 @@ class Config:
     llama: str = "tiny/llama"  # folder of LLaMA weights
     clip: str = "tiny/clip"  # folder of CLIP weights
     any_base: bool = False  # accept another base than the one the adapters were trained on
-    max_new_tokens: int = 0  # [0, inf) longest answer; 0: as trained
-    temperature: float = 0.1  # [0, inf) 0: greedy
-    top_p: float = 0.75  # (0, 1] nucleus
-    seed: int = 0  # [0, inf) of the sampling
+    max_new_tokens: int = 0  # longest answer, in tokens; 0: as in training [0, inf)
+    temperature: float = 0.1  # of the sampling; 0: greedy, always the likeliest token [0, inf)
+    top_p: float = 0.75  # sample from the likeliest tokens that share this much probability (0, 1]
+    seed: int = 0  # seed of the sampling [0, inf)
     device: str = "auto"  # cuda, cpu, ...
     dtype: str = "auto"  # bf16 or fp32
     host: str = "127.0.0.1"  # the default lets nobody else in; 0.0.0.0: everyone on your network, no password
-    port: int = 7860  # [1, 65535] where the page is
+    port: int = 7860  # where the page is [1, 65535]
 
 
 def read_content(content: str | list) -> tuple[str, list[str]]:

@@ -31,6 +31,8 @@ class Conversation:
         """The user's words as a prompt like those of the training; "(A) .. (B) .." are options."""
         if not text.strip():
             raise ValueError('the prompt is empty; give --prompt "your question"')
+        # adapters that were trained only on instructions expect "Instruction: .. Response:", all others
+        # "Question: .. Context: .. Options: .. Response:"
         trained_on = self.meta.get("train", {}).get("data", "")
         if trained_on and all(source.kind != "scienceqa" for source in prompts.mixture(trained_on)):
             return prompts.instruct(text.strip(), context)
@@ -38,7 +40,8 @@ class Conversation:
         return prompts.build_prompt(question, context, options, self.meta["format"])
 
     def batch(self, text: str, context: str, max_new_tokens: int) -> data.Batch:
-        """Image, earlier turns and the new prompt as one row. If the context is full, the oldest turns go."""
+        """Image, earlier turns and the new prompt, as a batch of one row. If it is too long for the context,
+        the oldest turns are left out."""
         sample = prompts.Sample("", self.wrap(text, context), response="", image=self.image, problem={})
         e = data.encode(sample, self.tokenizer, self.model.vit.n_visual if self.image else 0)
         limit, n_turns = self.model.llama.cfg.max_seq_len, len(self.turns)
@@ -50,8 +53,8 @@ class Conversation:
         if len(self.turns) < n_turns:
             dropped = n_turns - len(self.turns)
             print(f"[the context is full: the {dropped} oldest turns are forgotten]", file=sys.stderr)
-        self.asked = e.rest  # for the turn that `to_text` keeps
-        e.rest = [id for turn in self.turns for id in turn] + self.asked
+        self.new_prompt = e.rest  # `to_text` will add the answer, and keep both as a turn
+        e.rest = [id for turn in self.turns for id in turn] + self.new_prompt
         e.n_prompt = len(e.rest)
         size = self.model.vit.cfg.image_size if self.image else 0
         batch = data.collate([e], size, self.model.cfg.normalize, self.image_embeds).to(self.model.device)
@@ -62,9 +65,9 @@ class Conversation:
         return batch
 
     def to_text(self, tokens: Iterator[list[int]]) -> Iterator[str]:
-        """The tokens of `LaVIN.stream` for one prompt as text, in pieces of whole characters: a token may end
-        inside one. The prompt and the answer so far are kept as a turn, even if this is stopped early.
-        """
+        """Decode the tokens that `LaVIN.stream` yields for one prompt. A token may end in the middle of a
+        character, so each piece of text waits until its last character is complete. The prompt and the answer
+        so far are kept as a turn, even if this is stopped early."""
         answer = []
 
         def ids() -> Iterator[int]:
@@ -76,4 +79,4 @@ class Conversation:
             yield from self.tokenizer.stream(ids())
         finally:
             if answer:
-                self.turns.append(self.asked + answer + [self.tokenizer.eos])
+                self.turns.append(self.new_prompt + answer + [self.tokenizer.eos])

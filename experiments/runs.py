@@ -46,10 +46,10 @@ COLUMNS = {"with picture": "IMG", "without": "no IMG", "all": "Avg"}  # names in
 @dataclass
 class Options:
     """Run one experiment: write its results as JSON, and its picture."""
-    seeds: int = 5  # [2, inf) seeds of each setting: 0, 1, ..
-    problems: int = 2560  # [64, inf) training problems; the README's tables need the default
-    limit: int = 400  # [8, inf) test problems that each run answers
-    workers: int = 2  # [1, inf) runs at a time, one core each
+    seeds: int = 5  # seeds of each setting: 0, 1, .. [2, inf)
+    problems: int = 2560  # training problems; the README's tables need the default [64, inf)
+    limit: int = 400  # test problems that each run answers [8, inf)
+    workers: int = 2  # runs at a time, one core each [1, inf)
     work: str = "out/experiments"  # folder of worlds and finished runs
     results: str = "experiments/results"  # folder to write NAME.json and NAME.png to
 

@@ -53,15 +53,15 @@ PRESETS = {
 class Config:
     """python -m speed.bench train|decode|memory: measure, and compare with predictions."""
     preset: str = "small"  # sizes: tiny, small (7B with an eighth of its width), 7B, 13B
-    layers: int = 0  # [0, inf) use only this many LLaMA layers, so that a large width fits; 0: all
-    batch_size: int = 32  # [1, inf) train: samples per optimizer step
-    micro_batch: int = 4  # [1, inf) train, memory: samples per forward pass
-    burn_in: int = 2  # [0, inf) steps or answers before the timed ones
-    steps: int = 5  # [1, inf) timed steps or answers; the median is reported
-    new_tokens: int = 64  # [2, inf) decode: length of an answer
+    layers: int = 0  # use only this many LLaMA layers, so that a large width fits; 0: all [0, inf)
+    batch_size: int = 32  # train: samples per optimizer step [1, inf)
+    micro_batch: int = 4  # train, memory: samples per forward pass [1, inf)
+    burn_in: int = 2  # steps or answers before the timed ones [0, inf)
+    steps: int = 5  # timed steps or answers; the median is reported [1, inf)
+    new_tokens: int = 64  # decode: length of an answer [2, inf)
     vs: str = ""  # hf: Hugging Face in turn; train: with PEFT's LoRA, text only; decode: same folded weights
     compile: bool = False  # decode: time the compiled step, too; needs g++
-    seed: int = 0  # [0, inf) of weights, lengths and tokens
+    seed: int = 0  # of weights, lengths and tokens [0, inf)
     device: str = "auto"  # cuda, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32
     bits: int = 16  # 4: LLaMA's matrices in 4 bits; 16: in --dtype

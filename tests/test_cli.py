@@ -15,15 +15,15 @@ import train
 class Config:
     """What the flags are for."""
     recipe: str = "tiny"  # defaults of the others
-    epochs: float = 1.0  # [0, inf) passes over the data
-    dropout: float = 0.0  # [0, 1) share of units
-    top_p: float = 0.75  # (0, 1] nucleus
-    rate: float = 0.5  # (0, 1) both bounds excluded
-    shift: int = 0  # [-1, 2] both bounds included
-    lr: float = 0.1  # (0, inf) 100% of the rate
-    cap: float = 1.0  # [0, inf] may be infinite
+    epochs: float = 1.0  # passes over the data [0, inf)
+    dropout: float = 0.0  # share of units [0, 1)
+    top_p: float = 0.75  # nucleus (0, 1]
+    rate: float = 0.5  # both bounds excluded (0, 1)
+    shift: int = 0  # both bounds included [-1, 2]
+    lr: float = 0.1  # 100% of the rate (0, inf)
+    cap: float = 1.0  # may be infinite [0, inf]
     scale: float = 1.0  # any finite number
-    batch_size: int = 4  # [1, inf) samples in a step
+    batch_size: int = 4  # samples in a step [1, inf)
     seed: int = 0  # any number
     out: str = "out"  # a folder
     dry_run: bool = False  # stop early
@@ -31,7 +31,7 @@ class Config:
 
 @dataclass
 class Longer(Config):
-    batch_size: int = 8  # [2, inf) a subclass narrows the range
+    batch_size: int = 8  # a subclass narrows the range [2, inf)
 
 
 PRESETS = {"tiny": {}, "paper": {"epochs": 20.0, "out": "paper"}}
@@ -108,16 +108,16 @@ def test_a_preset_is_checked_like_a_flag(capsys):
 
 def test_a_malformed_range_is_a_failed_assertion():
     assert cli.out_of_range(3, "any comment with [brackets] inside") == ""
-    for comment in ("[0, 1 dropout", "(0 1] dropout", "[zero, 1] dropout", "[0,1] dropout"):
+    for comment in ("dropout [0, 1", "dropout (0 1]", "dropout [zero, 1]", "dropout [0,1]"):
         with pytest.raises(AssertionError, match="declare a range like"):
             cli.out_of_range(0.5, comment)
 
 
 def test_help_shows_what_a_bare_run_uses(capsys):
     text = help_of(capsys, presets=PRESETS)
-    assert "[0, inf) passes over the data (default: 1.0; --recipe paper: 20.0)" in text
+    assert "passes over the data [0, inf) (default: 1.0; --recipe paper: 20.0)" in text
     assert "a folder (default: out; --recipe paper: paper)" in text
-    assert "[0, 1) share of units (default: 0.0)" in text and "100% of the rate (default: 0.1)" in text
+    assert "share of units [0, 1) (default: 0.0)" in text and "100% of the rate (0, inf) (default" in text
     assert parse(presets=PRESETS) == Config() and parse("--recipe", "paper", presets=PRESETS).epochs == 20
     assert parse("--recipe", "paper", "--epochs", "3", presets=PRESETS).epochs == 3
 

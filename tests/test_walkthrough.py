@@ -16,7 +16,7 @@ MISTAKES = {
     1: ("lavin.py", "t_m = m @ E_m", "t_m = m.flip(0) @ E_m"),
     2: ("adapters.py", "return z + self.cfg.scale * mixed", "return self.cfg.scale * mixed"),
     3: ("adapters.py", "w_0 * f_a1 + w_1 * f_a2", "w_1 * f_a1 + w_0 * f_a2"),
-    4: ("adapters.py", 'p.requires_grad_("adapter_" in name)', "p.requires_grad_(True)"),
+    4: ("adapters.py", "model.requires_grad_(False)", "model.requires_grad_(True)"),
     5: ("lavin.py", "-log_p_R.sum()", "-log_p_R.mean()"),
     6: ("lavin.py", "self.W_u(F.silu(self.W_d(X)))", "self.W_u(F.gelu(self.W_d(X)))"),
     7: ("lavin.py", "[Y_head, X_prime, Y_rest]", "[X_prime, Y_head, Y_rest]"),

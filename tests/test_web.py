@@ -106,8 +106,8 @@ def test_a_replayed_history_is_the_chat_of_sample(loaded, message):
     for question, answer in zip((COLOR, OPPOSITE), said):
         rest = chat.batch(question, "", 64).tokens.tolist()
         whole = tokenizer.encode(chat.wrap(question, "") + answer)
-        "".join(chat.to_text([id] for id in whole[len(chat.asked):]))  # keeps the turn
-        assert rest[-len(chat.asked):] == whole[:len(chat.asked)]  # no token across the border
+        "".join(chat.to_text([id] for id in whole[len(chat.new_prompt):]))  # keeps the turn
+        assert rest[-len(chat.new_prompt):] == whole[:len(chat.new_prompt)]  # no token across the border
     replay(replayed, [message("user", COLOR, DEMO), message("assistant", said[0]),
                       message("user", OPPOSITE), message("assistant", said[1])])
     assert len(chat.turns) == 2 and replayed.turns == chat.turns and replayed.image == chat.image

@@ -42,9 +42,9 @@ Problem = tuple[dict, Image.Image | None]  # the record, as world.record makes i
 @dataclass
 class Config(evaluate.ModelFlags):
     """Check what the answers of adapters trained on the small world rest on."""
-    limit: int = 200  # [2, inf) problems of each check
+    limit: int = 200  # problems of each check [2, inf)
     data: str = "tiny/data"  # folder of the training problems, in ScienceQA's layout
-    seed: int = 0  # [0, inf) seed of the problems and of the untrained adapters
+    seed: int = 0  # seed of the problems and of the untrained adapters [0, inf)
 
 
 class Change(NamedTuple):
