@@ -70,14 +70,14 @@ class GroupedLinear(nn.Module):
 
 
 def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """mask [.., T, r] is False where a unit is dropped; None: no dropout. We do not use nn.Dropout, because
-    data.py draws the mask of each sample from a seed of its own: it is the same on one GPU and on eight."""
+    """mask [.., T, r] is False where a unit is dropped; None: no dropout. data.py draws the mask for each
+    sample separately, so that training gives the same result on one GPU and on eight."""
     return h if mask is None else h * mask / (1 - p)
 
 
 class RepAdapter(nn.Module):
     """The first rows of Table 2: one adapter f_a(z) = phi_u(phi_d(z)), no router; it returns z + s f_a(z).
-    (f_a1 and f_a2 of Eq. (2) are RepAdapters, too. They share phi_d, so MMAdapter does not use it.)"""
+    (The paper calls f_a1 and f_a2 RepAdapters, too. They share phi_d, so MMAdapter has them itself.)"""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
@@ -90,8 +90,8 @@ class RepAdapter(nn.Module):
         return z + self.cfg.scale * self.phi_u(h)  # the released code returns phi_u(h) alone
 
 
-class RoutingWeights(nn.Linear):
-    """f_w. Its weight is W_m, its bias b_m. The ViT passes [cls] in the place of t_m."""
+class RoutingFunction(nn.Linear):
+    """f_w, which gives the routing weights w. Its weight is W_m, its bias b_m. The ViT passes [cls]."""
 
     def __init__(self, d: int, tau: float):
         super().__init__(d, 2)
@@ -112,7 +112,7 @@ class MMAdapter(nn.Module):
         self.cfg, r = cfg, cfg.dim
         self.phi_d = xavier(nn.Linear(d, r))
         self.phi_u1, self.phi_u2 = GroupedLinear(r, d), GroupedLinear(r, d)
-        self.f_w = RoutingWeights(d, cfg.tau)
+        self.f_w = RoutingFunction(d, cfg.tau)
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
         """z [.., T, d] -> z' [.., T, d]. w = f_w(t_m), [.., T, 2], or [.., 1, 2] if all tokens share a pair.
@@ -126,11 +126,12 @@ class MMAdapter(nn.Module):
 
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge an adapter into the projection W [out, d] after it: W', b' so that W' z + b' = W adapter(z, w).
-    LLaMA's projections have no bias, so b' must be added to their output (see speed/step.py).
+    """Merge an adapter into W [out, d], the projection after it. Returns W' and b' such that, for every z, W'
+    z + b' = W adapter(z, w). The merged model (speed/step.py) sets W' and b' as weight and bias of wq, wk,
+    wv.
 
-    w [2]. Write phi_d(z) = A z + a and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then W adapter(z, w) =
-    W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). The results are rounded to W's dtype.
+    w has shape [2]. Write phi_d(z) = A z + a and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then W adapter(z,
+    w) = W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). The results are rounded to W's dtype.
     """
     A, a = adapter.phi_d.weight, adapter.phi_d.bias  # [r, d], [r]
     if isinstance(adapter, MMAdapter):

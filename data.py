@@ -47,8 +47,9 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     """Token ids of head, prompt, response and EOS; without a response, of head and prompt."""
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
-    # as in the released code, we count the prompt's tokens by encoding it alone. If the tokenizer merges the
-    # prompt's last character with the response's first, the first target is off by one
+    # as in the released code, we count the prompt's tokens by encoding it alone. A tokenizer that merges the
+    # last character of the prompt with the first of the response would make this wrong by one; LLaMA's does
+    # not in ScienceQA
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
@@ -76,15 +77,16 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
 class Batch(NamedTuple):
     """A micro-batch: the B samples of a forward pass. `tokens` and `part_lengths` are without X', which
     LaVIN.embed inserts; `lengths` and `predict_at` include X'.
-    Two samples, head 3 + X' 6 + rest 31 and head 3 + rest 27: part_lengths [3, 31, 3, 27], lengths [40, 30].
-    Packed (laid end to end, without padding), they are a row of T = 70 tokens."""
+    Example: one sample has a head of 3 tokens, an X' of 6 and a rest of 31; the other has a head of 3 and a
+    rest of 27. Then part_lengths is [3, 31, 3, 27] and lengths is [40, 30]. Packed (laid end to end, without
+    padding), they are a row of T = 70 tokens."""
     tokens: torch.Tensor  # ids of heads and rests, sample after sample
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    images: torch.Tensor | None = None  # [N, 3, H, W], each file once (with dropout: once per sample)
+    images: torch.Tensor | None = None  # [N, 3, H, W], one per file; with dropout in the ViT, one per sample
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
     image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
@@ -167,8 +169,8 @@ def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list
 
 
 class MaskSampler(NamedTuple):
-    """Draws dropout's masks, with a seed for each sample. A batch without masks has no dropout; model.train()
-    and model.eval() change nothing."""
+    """Dropout: draws a mask for each sample from a seed of its own. nn.Dropout would draw one for the whole
+    batch, which depends on how the batch is split over GPUs. A batch without masks has no dropout."""
     p: float
     r: int  # hidden units of an adapter
     layers: int  # of LLaMA
@@ -187,12 +189,11 @@ class MaskSampler(NamedTuple):
         llama, vit = [], []
         for e, seed in zip(examples, seeds):
             random = np.random.default_rng(seed)
-            llama.append(random.random((self.layers, e.length, self.r), np.float32) >= self.p)
-            if e.n_visual:
-                vit.append(random.random((self.vit_blocks, self.vit_tokens, self.r), np.float32) >= self.p)
-        batch = batch._replace(llama_dropout_mask=torch.from_numpy(np.concatenate(llama, axis=1)[:, None]))
-        if not vit or not self.vit_blocks:
-            return batch
-        return batch._replace(vit_dropout_mask=torch.from_numpy(np.stack(vit, axis=1)),
-                              # each sample has its own mask, so its image is encoded on its own
-                              images=batch.images[batch.image_index], image_index=torch.arange(len(vit)))
+            survive = lambda *shape: torch.from_numpy(random.random(shape, np.float32) >= self.p)
+            llama.append(survive(self.layers, 1, e.length, self.r))
+            vit += [survive(self.vit_blocks, 1, self.vit_tokens, self.r)] if e.n_visual else []
+        batch = batch._replace(llama_dropout_mask=torch.cat(llama, dim=2))
+        if vit and self.vit_blocks:  # each sample has its own mask, so it needs its own copy of the image
+            batch = batch._replace(vit_dropout_mask=torch.cat(vit, dim=1),
+                                   images=batch.images[batch.image_index], image_index=torch.arange(len(vit)))
+        return batch

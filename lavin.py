@@ -66,7 +66,7 @@ class LaVIN(nn.Module):
         super().__init__()
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
-        self.loss = negative_log_likelihood  # train.py puts in a version that needs less memory
+        self.loss = negative_log_likelihood  # train.py replaces it by a version that needs less memory
         kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
@@ -100,11 +100,11 @@ class LaVIN(nn.Module):
         """w [layers, 2, 2]: each layer's weights for TEXT and for IMAGE. None without routers."""
         if self.cfg.adapter.kind != "mm":
             return None
-        t, routing_weights = self.modality_tokens(), []
+        t, w = self.modality_tokens(), []
         for block in self.llama.layers:  # the modality tokens run through LLaMA on their own
-            w, t = block.route(t)
-            routing_weights.append(w)
-        return torch.stack(routing_weights)
+            w_of_layer, t = block.route(t)
+            w.append(w_of_layer)
+        return torch.stack(w)
 
     def encode_images(self, batch: Batch) -> torch.Tensor | list:
         """X' of each sample with an image, [.., n, C]. For text, the ViT does not run."""
@@ -171,13 +171,12 @@ class LaVIN(nn.Module):
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
         """Yield one token per prompt and step; None where the answer has ended. temperature 0 is greedy. In
-        each step, one random number serves all prompts, so an answer is the same alone and in a batch.
-        ValueError if a prompt leaves no room in the context.
-        """
+        each step, all prompts use the same random number. So a prompt gets the same answer alone and in a
+        batch. ValueError if a prompt leaves no room in the context."""
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        # the shortest prompt has the most room left; `done` ends the answers to longer prompts earlier
+        # as many steps as the shortest prompt has room for. The others run out of room earlier, see `done`
         max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
@@ -214,8 +213,8 @@ def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Genera
     p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
-    # sample with one random number u for all rows; torch.multinomial would draw one for each row. Take the
-    # first token whose cumulative p exceeds u times the total
+    # one random number u for all rows (torch.multinomial would draw one for each). Take the first token whose
+    # cumulative p exceeds u times the total
     u = torch.rand((), generator=random).item()
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]

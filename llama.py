@@ -1,17 +1,15 @@
 """LLaMA (https://arxiv.org/abs/2302.13971): the frozen language model and its key/value cache.
-
 weights.py reads official weights, in Meta's layout or Hugging Face's. Parameters have Meta's names.
 
-There are three ways through the blocks. `forward` trains on packed sequences (end to end in one row, without
-padding). `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence. The
-three differ only in the attention: each defines a function attend(layer, q, k, v), which the blocks call.
+There are three ways through the blocks. `forward` trains on packed sequences: all lie end to end in one row,
+without padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence.
+The three differ only in the attention: each defines a function attend(layer, q, k, v), which Attention calls.
 A fourth way, `Block.route`, is for modality tokens, which see only themselves.
 
-Shapes: B rows, T tokens, C = dim, H heads, G key/value heads, each of which serves H / G heads (in LLaMA-1
-G = H), D = C / H, S slots of a cache, r hidden units of an adapter.
+Shapes: B rows (packed: 1; in `decode` one per sequence), T tokens, C = dim, H heads, D = C / H, G key/value
+heads (in LLaMA-1, G = H), S slots of a cache, M modality tokens, r hidden units of an adapter.
 """
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,7 +47,8 @@ PRESETS = {
 
 
 # a decorator that saves memory: autograd keeps only the arguments of f, and the backward pass runs f again
-recomputed = lambda f: lambda *args: checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+recomputed = lambda f: lambda *args: f(*args) if not torch.is_grad_enabled() else checkpoint(
+    f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -100,33 +99,33 @@ class KVCache:
 
     def advance(self) -> torch.Tensor:
         """Lengthen each sequence by one token; return the positions of these tokens, [B]."""
-        positions, self.lengths, self.filled = self.lengths, self.lengths + 1, self.filled + 1
-        return positions
+        self.lengths, self.filled = self.lengths + 1, self.filled + 1
+        return self.lengths - 1
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Slot p of row b is for token p of sequence b. Write k, v [tokens, G, D], the i-th into row rows[i],
         slot positions[i]. Return [B, filled, G, D]; the last slots of shorter sequences are empty."""
-        cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # [B, S, G, D]
-        cached_k[rows, positions], cached_v[rows, positions] = k, v
+        cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
+        cached_k[rows, positions], cached_v[rows, positions] = k, v  # writes into self.k and self.v
         return cached_k[:, :self.filled], cached_v[:, :self.filled]
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: LLaMAConfig):
+    def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
-        self.H, self.G, self.D = cfg.n_heads, cfg.n_kv_heads, cfg.dim // cfg.n_heads
+        self.layer, self.H, self.G, self.D = layer, cfg.n_heads, cfg.n_kv_heads, cfg.dim // cfg.n_heads
         C, C_kv = cfg.dim, self.G * self.D
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, out, bias=False) for out in (C, C_kv, C_kv, C))
 
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(rotate(q, rope), rotate(k, rope), v)  # that of LLaMA.forward, prefill or decode
+        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # from LLaMA.forward, prefill or decode
         return self.wo(y.reshape(B, T, C))
 
-    def to_itself(self, z):
-        """Attention when each token, z [M, C], sees only itself: softmax of one score is 1. It returns v."""
-        v = self.wv(z).view(-1, self.G, 1, self.D).expand(-1, -1, self.H // self.G, -1)  # H / G heads share v
+    def self_only(self, z):
+        """z [M, C]: tokens that see only themselves. The softmax of one score is 1, so attention gives v."""
+        v = self.wv(z).view(-1, self.G, 1, self.D).expand(-1, -1, self.H // self.G, -1)  # repeated, if G < H
         return self.wo(v.reshape(z.shape))
 
 
@@ -143,14 +142,13 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
-
     For the backward pass, autograd keeps per token: x before each norm; q, k, v; the output of attention;
     w1(x) and w3(x); and one number per head, the log-sum-exp of its scores, with which torch recomputes the
     attention from q and k. The input of a frozen matrix is not needed. All else is recomputed."""
 
-    def __init__(self, cfg: LLaMAConfig):
+    def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
-        self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
+        self.attention, self.feed_forward = Attention(cfg, layer), FeedForward(cfg)
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps) for _ in range(2))
         self.adapter_attn = None  # an MMAdapter or RepAdapter, once LaVIN adds it
 
@@ -160,16 +158,20 @@ class Block(nn.Module):
         z = self.attention_norm(x)
         return z if self.adapter_attn is None else self.adapter_attn(z, w, dropout_mask)
 
+    @recomputed
+    def ffn_input(self, x):
+        return self.ffn_norm(x)
+
     def forward(self, x, rope, attend, w=None, dropout_mask=None):
         """x [B, T, C]; w: this layer's routing weights; w and dropout_mask may be None"""
         x = x + self.attention(self.attention_input(x, w, dropout_mask), rope, attend)
-        return x + self.feed_forward(recomputed(self.ffn_norm)(x))
+        return x + self.feed_forward(self.ffn_input(x))
 
     def route(self, t):
         """Modality tokens t [M, C] -> this layer's routing weights [M, 2], and t for the next layer."""
         z = self.attention_norm(t)
         w = self.adapter_attn.f_w(z)
-        t = t + self.attention.to_itself(self.adapter_attn(z, w))  # the released code has dropout here, too
+        t = t + self.attention.self_only(self.adapter_attn(z, w))  # the released code has dropout here, too
         return w, t + self.feed_forward(self.ffn_norm(t))
 
 
@@ -179,7 +181,7 @@ class LLaMA(nn.Module):
         self.cfg = cfg
         self.recompute_blocks = False  # True: autograd keeps only the input of each block
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)  # LaVIN applies it where needed
 
@@ -215,13 +217,11 @@ class LLaMA(nn.Module):
         return self.blocks(x, w, positions[:, None], attend)
 
     def blocks(self, x, w, positions, attend, dropout_mask=None) -> torch.Tensor:
-        """All blocks and the last norm."""
         rope = rope_table(positions, self.cfg)
-        for i, block in enumerate(self.layers):
-            w_i = None if w is None else w[i]
-            mask_i = None if dropout_mask is None else dropout_mask[i]
+        w, dropout_mask = ([None] * len(self.layers) if y is None else y for y in (w, dropout_mask))
+        for block, w_i, dropout_mask_i in zip(self.layers, w, dropout_mask):
             run = recomputed(block) if self.recompute_blocks else block
-            x = run(x, rope, partial(attend, i), w_i, mask_i)  # partial: attend(q, k, v) for layer i
+            x = run(x, rope, attend, w_i, dropout_mask_i)
         return self.norm(x)
 
     @classmethod

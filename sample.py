@@ -109,9 +109,10 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # merge LLaMA's adapters into wq, wk and wv (adapters.fold). The model keeps its `stream` and its answers,
-    # but its blocks have no adapters: q = W' z + b'. w differs between text and images, so a chat, where an
-    # image may come and go, needs two merged copies. With --bits 4, nothing is merged
+    # merge LLaMA's adapters into wq, wk and wv (adapters.fold). The merged model has the same methods, such
+    # as `stream`, and gives the same answers up to rounding. Its blocks have no adapters; wq, wk and wv have
+    # the weight W' and the bias b'. Text and images have different w, so for a chat, where an image may come
+    # and go, the model keeps both versions of W' and b'. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

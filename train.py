@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # first: from here on, Ctrl-C prints one line and no traceback
+import cli  # before torch, whose import takes seconds: from here on, Ctrl-C prints one line, no traceback
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,8 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each field. The comment is its help text, and ends with the range of a number
+    # cli.py makes a flag of each field, with the comment as its help text. A number's comment ends with the
+    # interval that it must lie in, such as [0, inf)
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -103,8 +104,8 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
-        # in a batch without images, the ViT's adapters get no gradient. AdamW would skip them, momentum and
-        # weight decay included. So their gradient is zero instead of None, here and in the loop's zero_grad
+        # in a batch without images, the ViT's adapters get no gradient. If p.grad is None, AdamW does not
+        # touch p. If it is zero, momentum and weight decay go on as in any other step
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -120,7 +121,7 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
-    # with --shard or --bits 4, a function that spreads or compresses a module once it is read; otherwise None
+    # None, unless --shard or --bits 4 is given: then a function that spreads or compresses each module read
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.recompute_blocks
@@ -139,9 +140,9 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     sources = list(prompts.mixture(cfg.data))  # the data sets that --data names
     read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
     samples_of = [read(source, "train") for source in sources]
-    # only data sets in ScienceQA's layout have a test split with choices. The first one is answered
-    to_answer = next((source for source in sources if source.kind == "scienceqa"), None)
-    test_problems = read(to_answer, cfg.split) if to_answer and cfg.split else []
+    # after training, the model answers the test problems of the first data set in ScienceQA's layout, if any
+    tested = next((source for source in sources if source.kind == "scienceqa"), None)
+    test_problems = read(tested, cfg.split) if tested and cfg.split else []
     model, tokenizer = build(cfg, device, dtype)
     n_visual, image_size = (model.vit.n_visual, model.vit.cfg.image_size) if model.vit else (0, 0)
     examples = []
@@ -152,18 +153,19 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
     rank, ranks = cli.processes()
-    kind = shard.Steps if cfg.shard else data.Steps  # with --shard, all ranks run equally many forward passes
+    # with --shard, every forward pass needs all ranks, so shard.Steps gives all ranks equally many
+    kind = shard.Steps if cfg.shard else data.Steps
     steps = kind(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
                  image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
     return model, tokenizer, steps, test_problems
 
 
 def summary(cfg: Config, n_trained: int, per_epoch: int, ranks: int, total: int, warmup: int) -> str:
-    """What a run prints before it starts, such as "2 accumulation x 4 processes x 4 = 32 samples"."""
+    """What a run prints before it starts, such as "2 accumulation x 4 processes x 4 samples = 32 samples"."""
     accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
     return (f"{n_trained:,} trainable parameters; {total} steps, {per_epoch} an epoch, {warmup} for warm-up; "
-            f"{accumulation} accumulation x {ranks} processes x {cfg.batch_size / accumulation / ranks:g} = "
-            f"{cfg.batch_size} samples; peak lr {cfg.lr * cfg.batch_size / 256:.2e}"
+            f"{accumulation} accumulation x {ranks} processes x {cfg.batch_size / accumulation / ranks:g} "
+            f"samples = {cfg.batch_size} samples; peak lr {cfg.lr * cfg.batch_size / 256:.2e}"
             + ("; sharded, so without a test" if cfg.shard else ""))
 
 
@@ -213,7 +215,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))
         say(f"wrote {out / 'adapters.safetensors'} and {chart.curve(out / 'log.jsonl')}")
-    if test_problems and not cfg.shard:  # each rank answers its share; a sharded model would need all at once
+    if test_problems and not cfg.shard:  # each rank answers its own share, which a sharded model cannot do
         from evaluation import answering
         answering.answer_split(model, tokenizer, test_problems, out, cfg.max_new_tokens)
 
@@ -230,8 +232,8 @@ def main() -> None:
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
-        world.ensure(SMALL_WORLD)  # its first use: generate it. The other ranks wait in the next line
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # waits for all ranks
+        world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # the ranks wait for each other
         train(cfg, device, dtype)
 
 

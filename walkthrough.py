@@ -11,7 +11,7 @@ import clip
 import lavin
 import llama
 import train
-from adapters import MMAdapter, RoutingWeights, fold, trainable
+from adapters import MMAdapter, RoutingFunction, fold, trainable
 from data import Sample, collate, encode
 from lavin import IMAGE, LaVIN, Neck
 from official.tokenizer import Tokenizer
@@ -24,8 +24,7 @@ def equation(n: int, title: str, *functions, also: tuple = ()) -> None:
     print(f"\nEq. ({n}): {title}")
     for f in functions:
         lines = inspect.getsource(f).splitlines()
-        words = f"# Eq. ({n}):", *also
-        shown = [k for k, line in enumerate(lines) if any(word in line for word in words)]
+        shown = [k for k, line in enumerate(lines) if any(s in line for s in (f"# Eq. ({n}):", *also))]
         code = textwrap.dedent("\n".join(lines[k] for k in shown)).splitlines()
         code = ["..\n    " * (k > shown[0] and k - 1 not in shown) + line for k, line in zip(shown, code)]
         print(f"in {f.__qualname__}:", *code, sep="\n    ")
@@ -62,7 +61,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("`mixed` is Eq. (3). Z is the input of layer 0, normalised: 26 tokens, which Eq. (7) below lists.")
+print("`mixed` is Eq. (3). Z is an adapter's input; in layer 0, that is Eq. (7)'s Z, normalised.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -75,7 +74,7 @@ after = bare(x, untrained_w[:, IMAGE, None, None]), vit(batch.images)
 print("New adapters (phi_u = 0) change no bit of LLaMA or ViT outputs:", all(map(torch.equal, before, after)))
 
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
-equation(3, "the router", RoutingWeights.forward, MMAdapter.forward)
+equation(3, "the router", RoutingFunction.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
 print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau = 10, and {} at tau = 1.\n"
       "Here, tau = 10. For w = (0.936, 0.064), the logits differ by 10 log(0.936 / 0.064) = {:.1f}.".format(
@@ -92,8 +91,8 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, also=("for step", "for batch", "L = ", ").backward", "r.step"))
-print("We check the gradient of phi_d.bias in the ViT's first block, summed over its entries. naive.py adds\n"
-      "e to each of them. The response is the wrong 'The answer is B.': L of the right one is almost 0.")
+print("naive.py adds the same e to each entry of phi_d.bias in the ViT's first block. So dL/de is the sum\n"
+      "of its gradient. The response is a wrong one: for the right one, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -105,7 +104,7 @@ with torch.device("meta"):  # the sizes without the numbers
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
 a, a_vit = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0].adapter_attn
 print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, part in a.named_children()),
-      f"= {count(a)}.\nEach of the 4,096 outputs of phi_u1 reads 4 of 8 units and has a bias: 20,480."
+      f"= {count(a)}.\nphi_u1 has two groups: each of 4,096 outputs reads 4 units and has a bias: 20,480."
       f"\nLaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
@@ -144,8 +143,8 @@ names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visua
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\nFor demo.png, the model predicts 'red' after 'On the left is a big'. In the last layer, 'big'\n"
-      "attends mostly to X'_4, from the ViT's fourth block. Weights over 0.01, averaged over heads:",
+      "attends mostly to X'_4, the [cls] after the ViT's fourth block. Weights over 0.01, mean over heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
-print("\nFolding merges each adapter of LLaMA into wq, wk and wv. q of layer 0 is the same:")
+print("\nAn adapter of LLaMA is an affine map, so it merges into wq, wk and wv. q of layer 0 is the same:")
 W, b = fold(layer.attention.wq.weight, layer.adapter_attn, w[0, IMAGE])
 check("q", "T C", layer.attention.wq(layer.adapter_attn(Z, w[0, IMAGE])), Z @ W.T + b, "folded")

@@ -14,6 +14,8 @@ from official.tokenizer import Tokenizer
 
 
 class Conversation:
+    """In each turn, `batch` makes the input of `LaVIN.stream`, and `to_text` decodes and keeps its output."""
+
     def __init__(self, model: LaVIN, meta: dict, tokenizer: Tokenizer):
         """meta: the metadata of the adapter file"""
         self.model, self.meta, self.tokenizer = model, meta, tokenizer
@@ -28,7 +30,7 @@ class Conversation:
         self.image, self.image_embeds, self.turns = Path(image) if image else None, None, []
 
     def wrap(self, text: str, context: str) -> str:
-        """The user's words as a prompt like those of the training; "(A) .. (B) .." are options."""
+        """Put the user's words into the prompt format of the training; "(A) .. (B) .." are options."""
         if not text.strip():
             raise ValueError('the prompt is empty; give --prompt "your question"')
         # adapters that were trained only on instructions expect "Instruction: .. Response:", all others

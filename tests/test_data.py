@@ -143,6 +143,7 @@ def test_real_problems_with_the_real_tokenizer():
     tokenizer, samples = Tokenizer(REAL / "llama_tokenizer.model"), real_problems()
     assert len(samples) == 1773
     examples = [data.encode(s, tokenizer, 6) for s in samples]
+    assert all(e.rest[:e.n_prompt] == tokenizer.encode(e.sample.prompt) for e in examples)
     # the reference counts include BOS, but not "Image: .."
     lengths = torch.tensor([1 + len(e.rest) for e in examples], dtype=torch.float)
     assert 299 < lengths.mean() < 302 and 275 < lengths.median() < 279
