@@ -24,11 +24,11 @@ Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
 Why phi_u1 and phi_u2 become different, though both start at zero. Let g(i) be the gradient that sample i
-would give to a single phi_u without a router. With the router, the gradient of phi_u1 is the sum of
-w_0(i) g(i) over all i, and that of phi_u2 is the sum of w_1(i) g(i). E_m and f_w start at random, so text and
-images have different w, and the two sums point in different directions. (If all samples had the same w, one
-sum would be a multiple of the other. AdamW's step hardly depends on this factor, so phi_u1 and phi_u2 would
-stay equal.) In the ViT, w varies little, so they stay similar.
+would give to a single phi_u without a router. Then sample i gives w_0(i) g(i) to phi_u1 and w_1(i) g(i) to
+phi_u2. E_m and f_w start at random, so text and images have different w, and the sums over all i point in
+different directions. (If all samples had the same w, the gradient of phi_u2 would be a multiple of that of
+phi_u1. AdamW divides a gradient by its own average size, so phi_u1 and phi_u2 would stay equal.) In the ViT,
+w varies little between images, so its phi_u1 and phi_u2 stay similar.
 
 Shapes: T tokens, d width, r hidden units (8). The axes before T differ between LLaMA and the ViT.
 """
@@ -77,7 +77,7 @@ def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tenso
 
 class RepAdapter(nn.Module):
     """The first rows of Table 2: one adapter f_a(z) = phi_u(phi_d(z)), no router; it returns z + s f_a(z).
-    (The paper calls f_a1 and f_a2 RepAdapters, too. They share phi_d, so MMAdapter has them itself.)"""
+    (The paper calls f_a1 and f_a2 RepAdapters, too. They share phi_d, so MMAdapter writes them out.)"""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
@@ -126,12 +126,14 @@ class MMAdapter(nn.Module):
 
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge an adapter into W [out, d], the projection after it. Returns W' and b' such that, for every z, W'
-    z + b' = W adapter(z, w). The merged model (speed/step.py) sets W' and b' as weight and bias of wq, wk,
-    wv.
+    """Merge an adapter into W [out, d], the projection after it. Return W' and b', rounded to W's dtype, with
 
-    w has shape [2]. Write phi_d(z) = A z + a and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then W adapter(z,
-    w) = W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b). The results are rounded to W's dtype.
+        W' z + b' = W adapter(z, w)  for every z.
+
+    speed/step.py makes them weight and bias of wq, wk and wv. w has shape [2]. Write phi_d(z) = A z + a, and
+    w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then
+
+        W adapter(z, w) = W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b).
     """
     A, a = adapter.phi_d.weight, adapter.phi_d.bias  # [r, d], [r]
     if isinstance(adapter, MMAdapter):

@@ -48,8 +48,7 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
     # as in the released code, we count the prompt's tokens by encoding it alone. A tokenizer that merges the
-    # last character of the prompt with the first of the response would make this wrong by one; LLaMA's does
-    # not in ScienceQA
+    # prompt's last character with the response's first would make this wrong. LLaMA's never does in ScienceQA
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
@@ -77,16 +76,16 @@ def encode_all(samples: list[Sample], tokenizer, n_visual: int, max_len: int) ->
 class Batch(NamedTuple):
     """A micro-batch: the B samples of a forward pass. `tokens` and `part_lengths` are without X', which
     LaVIN.embed inserts; `lengths` and `predict_at` include X'.
-    Example: one sample has a head of 3 tokens, an X' of 6 and a rest of 31; the other has a head of 3 and a
-    rest of 27. Then part_lengths is [3, 31, 3, 27] and lengths is [40, 30]. Packed (laid end to end, without
-    padding), they are a row of T = 70 tokens."""
+    For instance, one sample has a head of 3 tokens, an X' of 6 and a rest of 31; the other has a head of 3
+    and a rest of 27. Then part_lengths is [3, 31, 3, 27] and lengths is [40, 30]. Packed (laid end to end,
+    without padding), they are a row of T = 70 tokens."""
     tokens: torch.Tensor  # ids of heads and rests, sample after sample
     part_lengths: list[int]  # of head, rest, head, rest, .. in `tokens`
     lengths: list[int]  # [B], of the sequences
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    images: torch.Tensor | None = None  # [N, 3, H, W], one per file; with dropout in the ViT, one per sample
+    images: torch.Tensor | None = None  # [N, 3, H, W], one per distinct file; with dropout, one per sample
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
     image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
@@ -116,7 +115,7 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
 
 
 class Steps(torch.utils.data.Dataset):
-    """Item s holds what optimizer step s needs: this rank's micro-batches, and the number of targets over all
+    """Item k holds what optimizer step k needs: this rank's micro-batches, and the number of targets over all
     ranks.
 
     Each epoch shuffles all samples, with and without an image: the paper's mixture-of-modality training.

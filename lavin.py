@@ -125,9 +125,9 @@ class LaVIN(nn.Module):
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             if modality == IMAGE:
                 X_prime = next(X_primes)
-                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y] less t_m; X' is inside Y
+                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], t_m left out, X' in Y
             else:
-                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y] less t_m
+                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y], t_m left out
             inputs.append(Z)
         return inputs
 
@@ -176,7 +176,7 @@ class LaVIN(nn.Module):
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        # as many steps as the shortest prompt has room for. The others run out of room earlier, see `done`
+        # the shortest prompt has room for the longest answer. Answers to the others end earlier, see `done`
         max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)
@@ -186,7 +186,7 @@ class LaVIN(nn.Module):
             p = torch.softmax(logits, -1)  # [B, V]: p(R_s | Z, R_{0:s-1}) of every possible R_s
             R_s = pick(p, temperature, top_p, random)  # [B]: one of them
             ids = R_s.tolist()
-            # an answer ends with EOS, or when its prompt (n tokens) and s tokens do not fit in the context
+            # an answer ends with EOS, or if its prompt (n tokens) and s tokens do not fit into the context
             done = [d or id == eos or n + s > context for d, id, n in zip(done, ids, batch.lengths)]
             if all(done):
                 return
@@ -224,8 +224,8 @@ def load(path: str | Path, llama_path: str | Path, clip_path: str | Path, device
          any_base: bool = False, after_read: Callable | None = None) -> tuple[LaVIN, dict]:
     """Build the model of an adapter file, ours or a released .pth, around its base; also return the metadata.
 
-    ValueError if the base has other sizes than the one that the adapters were trained on, or other weights.
-    any_base skips the check of the weights. after_read: as in llama.py.
+    ValueError unless the base has the sizes and the weights that the adapters were trained on. any_base skips
+    the check of the weights. after_read: as in llama.py.
     """
     tensors, meta = weights.read_adapters(path)
     cfg = LaVINConfig(**{**meta["lavin"], "adapter": AdapterConfig(**meta["lavin"]["adapter"])})

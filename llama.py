@@ -46,9 +46,10 @@ PRESETS = {
 }
 
 
-# a decorator that saves memory: autograd keeps only the arguments of f, and the backward pass runs f again
-recomputed = lambda f: lambda *args: f(*args) if not torch.is_grad_enabled() else checkpoint(
-    f, *args, use_reentrant=False, preserve_rng_state=False)
+def recomputed(f):
+    """Decorator that saves memory: autograd keeps only the arguments of f; the backward pass runs f again."""
+    how = dict(use_reentrant=False, preserve_rng_state=False)  # f draws no random numbers
+    return lambda *args: checkpoint(f, *args, **how) if torch.is_grad_enabled() else f(*args)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -87,8 +88,8 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of all tokens read so far, in each layer [B, G, S, D]. Attention is causal, so later
-    tokens do not change them. There is room for prompts of `lengths` tokens and `room` more tokens."""
+    """Keys and values of all tokens read so far, in each layer [B, G, S, D], the layout that attention reads
+    fastest. Later tokens do not change them. There is room for the prompts and `room` more tokens."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
         shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
@@ -103,8 +104,9 @@ class KVCache:
         return self.lengths - 1
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
-        """Slot p of row b is for token p of sequence b. Write k, v [tokens, G, D], the i-th into row rows[i],
-        slot positions[i]. Return [B, filled, G, D]; the last slots of shorter sequences are empty."""
+        """Store k and v [tokens, G, D] of new tokens: token i of sequence rows[i], in the slot positions[i],
+        its position. Return the filled slots, [B, filled, G, D]. The last slots of shorter sequences are
+        empty; `decode` masks them."""
         cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
         cached_k[rows, positions], cached_v[rows, positions] = k, v  # writes into self.k and self.v
         return cached_k[:, :self.filled], cached_v[:, :self.filled]
@@ -124,8 +126,9 @@ class Attention(nn.Module):
         return self.wo(y.reshape(B, T, C))
 
     def self_only(self, z):
-        """z [M, C]: tokens that see only themselves. The softmax of one score is 1, so attention gives v."""
-        v = self.wv(z).view(-1, self.G, 1, self.D).expand(-1, -1, self.H // self.G, -1)  # repeated, if G < H
+        """z [M, C]: tokens that see only themselves. The softmax of one score is 1, so attention gives v, and
+        in LLaMA-1, this is wo(wv(z)). In later LLaMAs, where G < H, each v serves H / G heads."""
+        v = self.wv(z).view(-1, self.G, 1, self.D).expand(-1, -1, self.H // self.G, -1)  # [M, G, H / G, D]
         return self.wo(v.reshape(z.shape))
 
 
@@ -178,8 +181,7 @@ class Block(nn.Module):
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg = cfg
-        self.recompute_blocks = False  # True: autograd keeps only the input of each block
+        self.cfg, self.recompute_blocks = cfg, False  # True: autograd keeps only the input of each block
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -208,20 +210,18 @@ class LLaMA(nn.Module):
         """Read one more token of each sequence, x [B, 1, C] -> [B, 1, C]; w [layers, B, 1, 2]"""
         rows, positions = torch.arange(len(x), device=x.device), cache.advance()  # [B] each
         visible = torch.arange(cache.filled, device=x.device) <= positions[:, None]  # [B, filled]
-        mask = visible[:, None, None] if len(x) > 1 else None  # a single sequence sees every filled slot
 
         def attend(layer, q, k, v):
             k, v = cache.update(layer, rows, positions, k[:, 0], v[:, 0])
-            return dot_product_attention(q, k, v, mask)
+            return dot_product_attention(q, k, v, visible[:, None, None])
 
         return self.blocks(x, w, positions[:, None], attend)
 
     def blocks(self, x, w, positions, attend, dropout_mask=None) -> torch.Tensor:
         rope = rope_table(positions, self.cfg)
-        w, dropout_mask = ([None] * len(self.layers) if y is None else y for y in (w, dropout_mask))
-        for block, w_i, dropout_mask_i in zip(self.layers, w, dropout_mask):
+        for i, block in enumerate(self.layers):
             run = recomputed(block) if self.recompute_blocks else block
-            x = run(x, rope, attend, w_i, dropout_mask_i)
+            x = run(x, rope, attend, *(None if y is None else y[i] for y in (w, dropout_mask)))
         return self.norm(x)
 
     @classmethod

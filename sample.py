@@ -109,10 +109,10 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # merge LLaMA's adapters into wq, wk and wv (adapters.fold). The merged model has the same methods, such
-    # as `stream`, and gives the same answers up to rounding. Its blocks have no adapters; wq, wk and wv have
-    # the weight W' and the bias b'. Text and images have different w, so for a chat, where an image may come
-    # and go, the model keeps both versions of W' and b'. With --bits 4, nothing is merged
+    # merge LLaMA's adapters into wq, wk and wv (adapters.fold), except with --bits 4. The result is a
+    # subclass of LaVIN. `stream` is that of lavin.py, and the answers are the same up to rounding. But wq, wk
+    # and wv have the weight W' and the bias b', and no adapter runs. Text and images have different w, so for
+    # a chat, the model keeps W' and b' for both, and takes those of the prompt's modality
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

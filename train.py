@@ -40,8 +40,8 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each field, with the comment as its help text. A number's comment ends with the
-    # interval that it must lie in, such as [0, inf)
+    # cli.py reads these lines: each field is a flag, its comment is the help text, and the interval after
+    # a comment, such as [0, inf), is the range that a number must lie in
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -58,7 +58,7 @@ class Config:
     dropout: float = 0.0  # share of an adapter's hidden units that is dropped [0, 1)
     normalize: str = "clip"  # mean and std of the images: imagenet or clip
     # data
-    format: str = "QCM-EA"  # prompt - response: Question, Context, Multiple choice - Explanation, Answer
+    format: str = "QCM-EA"  # prompt: Question, Context, Multiple choice; response: Explanation, then Answer
     captions: bool = False  # append captions.json to the hints
     max_len: int = 192  # longest sequence in tokens; longer ones are cut [2, inf)
     # optimisation
@@ -104,8 +104,8 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
-        # in a batch without images, the ViT's adapters get no gradient. If p.grad is None, AdamW does not
-        # touch p. If it is zero, momentum and weight decay go on as in any other step
+        # a batch without images gives the ViT's adapters no gradient. It must be zero then, not None: the sum
+        # over ranks needs a tensor from each, and AdamW would skip p, momentum and weight decay included
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -121,7 +121,8 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
-    # None, unless --shard or --bits 4 is given: then a function that spreads or compresses each module read
+    # called on each module once its weights are read: --shard spreads the module over the GPUs, --bits 4
+    # compresses it. Otherwise None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.recompute_blocks
@@ -138,7 +139,7 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
     """Model, tokenizer, training batches, and the problems that are answered after training."""
     sources = list(prompts.mixture(cfg.data))  # the data sets that --data names
-    read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
+    read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)  # a list of Samples
     samples_of = [read(source, "train") for source in sources]
     # after training, the model answers the test problems of the first data set in ScienceQA's layout, if any
     tested = next((source for source in sources if source.kind == "scienceqa"), None)
@@ -153,11 +154,11 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
     rank, ranks = cli.processes()
-    # with --shard, every forward pass needs all ranks, so shard.Steps gives all ranks equally many
-    kind = shard.Steps if cfg.shard else data.Steps
-    steps = kind(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
-                 image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
-    return model, tokenizer, steps, test_problems
+    # with --shard, every forward pass needs all ranks, so shard.Steps gives all equally many micro-batches
+    Steps = shard.Steps if cfg.shard else data.Steps
+    dataset = Steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
+                    image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
+    return model, tokenizer, dataset, test_problems
 
 
 def summary(cfg: Config, n_trained: int, per_epoch: int, ranks: int, total: int, warmup: int) -> str:
@@ -174,21 +175,21 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     is_main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
-    model, tokenizer, steps, test_problems = prepare(cfg, device, dtype, say)
+    model, tokenizer, dataset, test_problems = prepare(cfg, device, dtype, say)
     # the same L in less memory: only 256 targets have logits at a time, and none are kept for backward().
     # Without this line, training gives the same adapters
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
-    total, warmup = max(1, round(cfg.epochs * steps.per_epoch)), round(cfg.warmup * steps.per_epoch)
+    total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
     n_trained = sum(p.numel() for p in theta_a.values())
-    say(f"{device}, {dtype}: {summary(cfg, n_trained, steps.per_epoch, ranks, total, warmup)}")
-    record = Record(cfg, dtype, model, optimizer, steps, stop, is_main)  # log.jsonl and checkpoint.pt
+    say(f"{device}, {dtype}: {summary(cfg, n_trained, dataset.per_epoch, ranks, total, warmup)}")
+    record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)  # log.jsonl and checkpoint.pt
     first = record.start()  # 0; with --resume, restores adapters and optimizer and returns the steps done
     workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
-    # steps[step] is a pair: this rank's micro-batches, and the number of targets on all ranks
-    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, stop),
+    # dataset[step] is a pair: this rank's micro-batches, and the number of targets on all ranks
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
                                          num_workers=workers, pin_memory=device.type == "cuda")
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen

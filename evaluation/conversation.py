@@ -57,7 +57,7 @@ class Conversation:
             print(f"[the context is full: the {dropped} oldest turns are forgotten]", file=sys.stderr)
         self.new_prompt = e.rest  # `to_text` will add the answer, and keep both as a turn
         e.rest = [id for turn in self.turns for id in turn] + self.new_prompt
-        e.n_prompt = len(e.rest)
+        e.n_prompt = len(e.rest)  # earlier answers included: nothing is a target
         size = self.model.vit.cfg.image_size if self.image else 0
         batch = data.collate([e], size, self.model.cfg.normalize, self.image_embeds).to(self.model.device)
         if self.image and self.image_embeds is None:  # the ViT runs once per image, not once per turn
@@ -73,7 +73,7 @@ class Conversation:
         answer = []
 
         def ids() -> Iterator[int]:
-            for (id,) in tokens:
+            for (id,) in tokens:  # one prompt, so one id in each step
                 answer.append(id)
                 yield id
 
