@@ -13,22 +13,21 @@ adaptation. A token t_m says which of the two the input is. It acts only through
 reads the hidden state of t_m and gives w_0 and w_1, the weights of the adapters f_a1 and f_a2.
 
 Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code, t_m
-attends only to itself, and no other token attends to t_m. So w depends only on the modality: each layer of a
-trained model has one pair (w_0, w_1) for text and one for images. So, first, t_m need not stand in the
+attends only to itself. So its state depends only on the modality, and each layer of a trained model has one
+pair (w_0, w_1) for text and one for images. And no other token attends to t_m. So t_m need not stand in the
 sequence: it runs through LLaMA on its own (`llama.Block.route`). (All positions then move by one, but LLaMA's
-attention depends only on their differences.) Second, an adapter, which has no activation, is one affine map
-per modality. It can be merged (`fold`) into wq, wk and wv. The ViT has no t_m: f_w reads the image's [cls],
+attention depends only on their differences.) An adapter, which has no activation, is one affine map per
+modality, so it can be merged (`fold`) into wq, wk and wv. The ViT has no t_m: f_w reads the image's [cls],
 which from block 1 on has attended to the patches. So there, w depends on the image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
-Why phi_u1 and phi_u2 become different, though both start at zero. Let g(i) be the gradient that sample i
-would give to a single phi_u without a router. Then sample i gives w_0(i) g(i) to phi_u1 and w_1(i) g(i) to
-phi_u2. E_m and f_w start at random, so text and images have different w, and the sums over all i point in
-different directions. (If all samples had the same w, the gradient of phi_u2 would be a multiple of that of
-phi_u1. AdamW divides a gradient by its own average size, so phi_u1 and phi_u2 would stay equal.) In the ViT,
-w varies little between images, so its phi_u1 and phi_u2 stay similar.
+Why phi_u1 and phi_u2 become different, though both start at zero. A sample's gradient is scaled by w_0 for
+phi_u1 and by w_1 for phi_u2. Text and images have different w from the start, because E_m and f_w start at
+random. So the two drift apart. (If all samples had the same w, their gradients would be proportional. AdamW,
+which hardly depends on the scale of a gradient, would keep them equal. In the ViT, w varies little between
+images, so its phi_u1 and phi_u2 stay similar.)
 
 Shapes: T tokens, d width, r hidden units (8). The axes before T differ between LLaMA and the ViT.
 """
@@ -76,8 +75,9 @@ def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tenso
 
 
 class RepAdapter(nn.Module):
-    """The first rows of Table 2: one adapter f_a(z) = phi_u(phi_d(z)), no router; it returns z + s f_a(z).
-    (The paper calls f_a1 and f_a2 RepAdapters, too. They share phi_d, so MMAdapter writes them out.)"""
+    """The first rows of Table 2: one adapter, f_a(z) = phi_u(phi_d(z)), and no router. It returns z + s
+    f_a(z). MMAdapter does not use this class: its f_a1 and f_a2 share phi_d, and they have no residual of
+    their own."""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()
@@ -112,11 +112,11 @@ class MMAdapter(nn.Module):
         self.cfg, r = cfg, cfg.dim
         self.phi_d = xavier(nn.Linear(d, r))
         self.phi_u1, self.phi_u2 = GroupedLinear(r, d), GroupedLinear(r, d)
-        self.f_w = RoutingFunction(d, cfg.tau)
+        self.f_w = RoutingFunction(d, cfg.tau)  # called by llama.Block.route, clip.Block.attention_input
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [.., T, d] -> z' [.., T, d]. w = f_w(t_m), [.., T, 2], or [.., 1, 2] if all tokens share a pair.
-        It is computed in llama.Block.route and in clip.Block.attention_input."""
+        """z [.., T, d] -> z' [.., T, d]. w = f_w(t_m) is [.., T, 2], because a row of LLaMA may hold several
+        samples, text and image, end to end; or [.., 1, 2], if all tokens share a pair."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [.., T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [.., T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each

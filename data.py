@@ -85,7 +85,8 @@ class Batch(NamedTuple):
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    images: torch.Tensor | None = None  # [N, 3, H, W], one per distinct file; with dropout, one per sample
+    # each image file once; but with dropout once per sample, because each sample has its own mask
+    images: torch.Tensor | None = None  # [N, 3, H, W]
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
     image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
@@ -168,8 +169,8 @@ def balanced_groups(samples: list[int], lengths: list[int], n: int) -> list[list
 
 
 class MaskSampler(NamedTuple):
-    """Dropout: draws a mask for each sample from a seed of its own. nn.Dropout would draw one for the whole
-    batch, which depends on how the batch is split over GPUs. A batch without masks has no dropout."""
+    """Dropout with probability p. Unlike nn.Dropout, it draws each sample's mask from a seed of its own, so
+    masks do not depend on how a batch is split over GPUs. A batch without masks has no dropout."""
     p: float
     r: int  # hidden units of an adapter
     layers: int  # of LLaMA

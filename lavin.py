@@ -170,13 +170,14 @@ class LaVIN(nn.Module):
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
-        """Yield one token per prompt and step; None where the answer has ended. temperature 0 is greedy. In
-        each step, all prompts use the same random number. So a prompt gets the same answer alone and in a
-        batch. ValueError if a prompt leaves no room in the context."""
+        """In each step, yield a list with the next token of each prompt, None where the answer has ended. All
+        prompts share the step's random number, so a prompt gets the same answer alone and in any batch.
+        temperature 0 is greedy. ValueError if a prompt leaves no room in the context."""
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        # the shortest prompt has room for the longest answer. Answers to the others end earlier, see `done`
+        # the shortest prompt leaves the most room, so it limits the number of steps. A longer prompt runs out
+        # of room earlier, and `done` ends its answer
         max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)

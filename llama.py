@@ -104,9 +104,9 @@ class KVCache:
         return self.lengths - 1
 
     def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
-        """Store k and v [tokens, G, D] of new tokens: token i of sequence rows[i], in the slot positions[i],
-        its position. Return the filled slots, [B, filled, G, D]. The last slots of shorter sequences are
-        empty; `decode` masks them."""
+        """k and v [tokens, G, D] belong to new tokens. Token i is part of sequence rows[i], at positions[i];
+        this is also its slot. Return the filled slots, [B, filled, G, D]. Shorter sequences leave their last
+        slots empty; `decode` masks these."""
         cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
         cached_k[rows, positions], cached_v[rows, positions] = k, v  # writes into self.k and self.v
         return cached_k[:, :self.filled], cached_v[:, :self.filled]
@@ -122,7 +122,7 @@ class Attention(nn.Module):
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # from LLaMA.forward, prefill or decode
+        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # see LLaMA.forward, prefill and decode
         return self.wo(y.reshape(B, T, C))
 
     def self_only(self, z):
@@ -146,8 +146,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
     For the backward pass, autograd keeps per token: x before each norm; q, k, v; the output of attention;
-    w1(x) and w3(x); and one number per head, the log-sum-exp of its scores, with which torch recomputes the
-    attention from q and k. The input of a frozen matrix is not needed. All else is recomputed."""
+    w1(x) and w3(x). It runs norms, adapter and SwiGLU again (`recomputed`). Of the attention weights, torch's
+    kernel keeps one number per token and head, the log of the softmax's denominator, and computes them again
+    from q and k."""
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
@@ -161,14 +162,10 @@ class Block(nn.Module):
         z = self.attention_norm(x)
         return z if self.adapter_attn is None else self.adapter_attn(z, w, dropout_mask)
 
-    @recomputed
-    def ffn_input(self, x):
-        return self.ffn_norm(x)
-
     def forward(self, x, rope, attend, w=None, dropout_mask=None):
         """x [B, T, C]; w: this layer's routing weights; w and dropout_mask may be None"""
         x = x + self.attention(self.attention_input(x, w, dropout_mask), rope, attend)
-        return x + self.feed_forward(self.ffn_input(x))
+        return x + self.feed_forward(recomputed(self.ffn_norm)(x))
 
     def route(self, t):
         """Modality tokens t [M, C] -> this layer's routing weights [M, 2], and t for the next layer."""
@@ -220,8 +217,10 @@ class LLaMA(nn.Module):
     def blocks(self, x, w, positions, attend, dropout_mask=None) -> torch.Tensor:
         rope = rope_table(positions, self.cfg)
         for i, block in enumerate(self.layers):
+            w_i = None if w is None else w[i]
+            dropout_mask_i = None if dropout_mask is None else dropout_mask[i]
             run = recomputed(block) if self.recompute_blocks else block
-            x = run(x, rope, attend, *(None if y is None else y[i] for y in (w, dropout_mask)))
+            x = run(x, rope, attend, w_i, dropout_mask_i)
         return self.norm(x)
 
     @classmethod

@@ -56,15 +56,15 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', earlier turns, prompt
     tokens = model.stream(batch, max_new_tokens, eos, cfg.temperature, cfg.top_p, cfg.seed)  # Eq. (8)
-    meter = Meter(model, batch.lengths[0], tokens)  # yields the same tokens, and measures the time of each
+    timed_tokens = Meter(model, batch.lengths[0], tokens)  # passes them on, and measures the time of each
     try:
-        for text in conversation.to_text(meter):  # decodes the tokens, and keeps them as a turn
+        for text in conversation.to_text(timed_tokens):  # decodes the tokens, and keeps them as a turn
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
             raise
     print(flush=True)
-    print(f"[{meter.report()}]", file=sys.stderr)  # tokens per second
+    print(f"[{timed_tokens.report()}]", file=sys.stderr)  # tokens per second
 
 
 def chat(conversation: Conversation, cfg: Config) -> None:
@@ -109,10 +109,10 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # merge LLaMA's adapters into wq, wk and wv (adapters.fold), except with --bits 4. The result is a
-    # subclass of LaVIN. `stream` is that of lavin.py, and the answers are the same up to rounding. But wq, wk
-    # and wv have the weight W' and the bias b', and no adapter runs. Text and images have different w, so for
-    # a chat, the model keeps W' and b' for both, and takes those of the prompt's modality
+    # merge LLaMA's adapters into wq, wk and wv, except with --bits 4. The result is a FoldedLaVIN
+    # (speed/step.py), a subclass of LaVIN. It inherits `stream`, and gives the same answers up to rounding.
+    # But wq, wk and wv hold W' and b' of adapters.fold, and its `decode` runs no adapter. Text and images
+    # have different w, and a chat may switch between them (/image), so for a chat it holds W' and b' of both
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

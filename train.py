@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # before torch, whose import takes seconds: from here on, Ctrl-C prints one line, no traceback
+import cli  # first: it also handles Ctrl-C while torch is imported
 
 import torch
 import torch.distributed as dist
@@ -40,8 +40,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py reads these lines: each field is a flag, its comment is the help text, and the interval after
-    # a comment, such as [0, inf), is the range that a number must lie in
+    # cli.py parses these lines: `name: type = default  # help text [range]`. "(" and ")" exclude a bound
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -105,7 +104,7 @@ def schedule(step: int, warmup: int, total: int) -> float:
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
         # a batch without images gives the ViT's adapters no gradient. It must be zero then, not None: the sum
-        # over ranks needs a tensor from each, and AdamW would skip p, momentum and weight decay included
+        # over ranks needs a tensor from each, and with None, AdamW would skip momentum and weight decay of p
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -142,8 +141,8 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)  # a list of Samples
     samples_of = [read(source, "train") for source in sources]
     # after training, the model answers the test problems of the first data set in ScienceQA's layout, if any
-    tested = next((source for source in sources if source.kind == "scienceqa"), None)
-    test_problems = read(tested, cfg.split) if tested and cfg.split else []
+    test_source = next((source for source in sources if source.kind == "scienceqa"), None)
+    test_problems = read(test_source, cfg.split) if test_source and cfg.split else []
     model, tokenizer = build(cfg, device, dtype)
     n_visual, image_size = (model.vit.n_visual, model.vit.cfg.image_size) if model.vit else (0, 0)
     examples = []
@@ -174,7 +173,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
     is_main = rank == 0
     say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
-    out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)
+    out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)  # one run at a time in a folder
     model, tokenizer, dataset, test_problems = prepare(cfg, device, dtype, say)
     # the same L in less memory: only 256 targets have logits at a time, and none are kept for backward().
     # Without this line, training gives the same adapters
@@ -234,7 +233,7 @@ def main() -> None:
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # the ranks wait for each other
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # waits for all ranks
         train(cfg, device, dtype)
 
 

@@ -81,4 +81,5 @@ class Conversation:
             yield from self.tokenizer.stream(ids())
         finally:
             if answer:
+                # EOS ends the answer, as it ends a response in training
                 self.turns.append(self.new_prompt + answer + [self.tokenizer.eos])
