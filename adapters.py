@@ -25,11 +25,12 @@ phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through p
 
 Why phi_u1 and phi_u2 become different, though both start at zero. A sample's gradient is scaled by w_0 for
 phi_u1 and by w_1 for phi_u2. Text and images have different w from the start, because E_m and f_w start at
-random. So the two drift apart. (If all samples had the same w, their gradients would be proportional. AdamW,
-which hardly depends on the scale of a gradient, would keep them equal. In the ViT, w varies little between
-images, so its phi_u1 and phi_u2 stay similar.)
+random. So the two drift apart. (If w were the same for all samples, the gradients of phi_u1 and phi_u2 would
+be proportional, and AdamW, whose steps hardly depend on the scale of a gradient, would keep phi_u1 and phi_u2
+equal. In the ViT, w varies little between images, so its phi_u1 and phi_u2 stay similar.)
 
-Shapes: T tokens, d width, r hidden units (8). The axes before T differ between LLaMA and the ViT.
+Shapes: T tokens, d width, r hidden units (8). Before T come the images in the ViT, and the rows in LLaMA (in
+training a single row, in which all samples lie end to end).
 """
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ class RepAdapter(nn.Module):
 
 
 class RoutingFunction(nn.Linear):
-    """f_w, which gives the routing weights w. Its weight is W_m, its bias b_m. The ViT passes [cls]."""
+    """f_w, which gives the routing weights w. Its weight is W_m, its bias b_m. In the ViT, it reads [cls]."""
 
     def __init__(self, d: int, tau: float):
         super().__init__(d, 2)
@@ -115,8 +116,8 @@ class MMAdapter(nn.Module):
         self.f_w = RoutingFunction(d, cfg.tau)  # called by llama.Block.route, clip.Block.attention_input
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
-        """z [.., T, d] -> z' [.., T, d]. w = f_w(t_m) is [.., T, 2], because a row of LLaMA may hold several
-        samples, text and image, end to end; or [.., 1, 2], if all tokens share a pair."""
+        """z [.., T, d] -> z' [.., T, d]. w = f_w(t_m): a pair for each token, [.., T, 2], since samples of
+        both modalities may lie in one row; or one pair for all tokens, [.., 1, 2]."""
         h = dropout(self.phi_d(z), dropout_mask, self.cfg.dropout)  # [.., T, r]
         f_a1, f_a2 = self.phi_u1(h), self.phi_u2(h)  # [.., T, d] each
         w_0, w_1 = w.type_as(h).split(1, dim=-1)  # [.., 1] each
@@ -130,8 +131,8 @@ def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[t
 
         W' z + b' = W adapter(z, w)  for every z.
 
-    speed/step.py makes them weight and bias of wq, wk and wv. w has shape [2]. Write phi_d(z) = A z + a, and
-    w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then
+    In speed/step.py, wq, wk and wv get these as weight and bias. w has shape [2]. Write phi_d(z) = A z + a,
+    and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then
 
         W adapter(z, w) = W (z + s (U (A z + a) + b)) = (W + s W U A) z + s W (U a + b).
     """

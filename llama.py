@@ -103,12 +103,12 @@ class KVCache:
         self.lengths, self.filled = self.lengths + 1, self.filled + 1
         return self.lengths - 1
 
-    def update(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
-        """k and v [tokens, G, D] belong to new tokens. Token i is part of sequence rows[i], at positions[i];
-        this is also its slot. Return the filled slots, [B, filled, G, D]. Shorter sequences leave their last
+    def update(self, layer: int, seq: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
+        """Write the keys and values of new tokens, k and v [tokens, G, D]: token i goes to sequence seq[i],
+        slot positions[i]. Return all filled slots, [B, filled, G, D]. Shorter sequences leave their last
         slots empty; `decode` masks these."""
         cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
-        cached_k[rows, positions], cached_v[rows, positions] = k, v  # writes into self.k and self.v
+        cached_k[seq, positions], cached_v[seq, positions] = k, v  # writes into self.k and self.v
         return cached_k[:, :self.filled], cached_v[:, :self.filled]
 
 
@@ -126,10 +126,10 @@ class Attention(nn.Module):
         return self.wo(y.reshape(B, T, C))
 
     def self_only(self, z):
-        """z [M, C]: tokens that see only themselves. The softmax of one score is 1, so attention gives v, and
-        in LLaMA-1, this is wo(wv(z)). In later LLaMAs, where G < H, each v serves H / G heads."""
-        v = self.wv(z).view(-1, self.G, 1, self.D).expand(-1, -1, self.H // self.G, -1)  # [M, G, H / G, D]
-        return self.wo(v.reshape(z.shape))
+        """z [M, C]: tokens that see only themselves. The softmax of one score is 1, so attention gives v. In
+        LLaMA-1, this is wo(wv(z)). In later LLaMAs, each of the G heads of v is repeated for H / G heads."""
+        v = self.wv(z).unflatten(1, (self.G, self.D)).repeat_interleave(self.H // self.G, dim=1)  # [M, H, D]
+        return self.wo(v.flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -146,9 +146,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
     For the backward pass, autograd keeps per token: x before each norm; q, k, v; the output of attention;
-    w1(x) and w3(x). It runs norms, adapter and SwiGLU again (`recomputed`). Of the attention weights, torch's
-    kernel keeps one number per token and head, the log of the softmax's denominator, and computes them again
-    from q and k."""
+    w1(x) and w3(x). Frozen matrices need no gradient of their weights, so their inputs are not kept. Norms,
+    adapter and SwiGLU run again (`recomputed`). The attention weights are computed again, too, by torch's
+    kernel, from q, k and one number per token and head, the log of the softmax's denominator."""
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
@@ -178,7 +178,8 @@ class Block(nn.Module):
 class LLaMA(nn.Module):
     def __init__(self, cfg: LLaMAConfig):
         super().__init__()
-        self.cfg, self.recompute_blocks = cfg, False  # True: autograd keeps only the input of each block
+        self.cfg = cfg
+        self.recompute_blocks = False  # if True, autograd keeps only the input of each block
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -195,21 +196,21 @@ class LLaMA(nn.Module):
     def prefill(self, x, w, lengths: list[int], cache: KVCache) -> torch.Tensor:
         """Read packed prompts, x [1, T, C], into a new cache -> [1, T, C]"""
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])  # [T]
-        rows = torch.arange(len(lengths), device=x.device).repeat_interleave(cache.lengths)  # [T]
+        seq = torch.arange(len(lengths), device=x.device).repeat_interleave(cache.lengths)  # [T]: 0 0 0 1 ..
 
         def attend(layer, q, k, v):
-            cache.update(layer, rows, positions, k[0], v[0])
+            cache.update(layer, seq, positions, k[0], v[0])
             return packed_attention(q, k, v, lengths)
 
         return self.blocks(x, w, positions, attend)
 
     def decode(self, x, w, cache: KVCache) -> torch.Tensor:
         """Read one more token of each sequence, x [B, 1, C] -> [B, 1, C]; w [layers, B, 1, 2]"""
-        rows, positions = torch.arange(len(x), device=x.device), cache.advance()  # [B] each
+        seq, positions = torch.arange(len(x), device=x.device), cache.advance()  # [B] each
         visible = torch.arange(cache.filled, device=x.device) <= positions[:, None]  # [B, filled]
 
         def attend(layer, q, k, v):
-            k, v = cache.update(layer, rows, positions, k[:, 0], v[:, 0])
+            k, v = cache.update(layer, seq, positions, k[:, 0], v[:, 0])
             return dot_product_attention(q, k, v, visible[:, None, None])
 
         return self.blocks(x, w, positions[:, None], attend)

@@ -109,10 +109,11 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # merge LLaMA's adapters into wq, wk and wv, except with --bits 4. The result is a FoldedLaVIN
-    # (speed/step.py), a subclass of LaVIN. It inherits `stream`, and gives the same answers up to rounding.
-    # But wq, wk and wv hold W' and b' of adapters.fold, and its `decode` runs no adapter. Text and images
-    # have different w, and a chat may switch between them (/image), so for a chat it holds W' and b' of both
+    # merge LLaMA's adapters into wq, wk and wv. The result is a FoldedLaVIN (speed/step.py), a subclass of
+    # LaVIN, in which wq, wk and wv hold W' and b' of adapters.fold. So neither prefill nor decode runs an
+    # adapter; the answers are the same up to rounding. Text and images have different w, and a chat may
+    # switch between them (/image). So for a chat, it holds two sets, and takes that of the prompt. With
+    # --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

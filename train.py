@@ -40,7 +40,8 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py parses these lines: `name: type = default  # help text [range]`. "(" and ")" exclude a bound
+    # cli.py makes a flag of each line. The comment is its help text, and a range at the end of the comment is
+    # checked: [0, 1) stands for 0 <= x < 1
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -58,7 +59,7 @@ class Config:
     normalize: str = "clip"  # mean and std of the images: imagenet or clip
     # data
     format: str = "QCM-EA"  # prompt: Question, Context, Multiple choice; response: Explanation, then Answer
-    captions: bool = False  # append captions.json to the hints
+    captions: bool = False  # add to each hint a caption of its image, from captions.json in the data folder
     max_len: int = 192  # longest sequence in tokens; longer ones are cut [2, inf)
     # optimisation
     epochs: float = 1.5  # passes over the train split (0, 1000000]
@@ -76,7 +77,7 @@ class Config:
     recompute_blocks: bool = False  # gradient checkpointing: keep less in memory, compute each block twice
     device: str = "auto"  # cuda, mps, cpu, ..
     dtype: str = "auto"  # of the frozen base: bf16 or fp32; auto: bf16 on CUDA, fp32 on a CPU
-    bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: in --dtype
+    bits: int = 16  # 4: keep LLaMA's frozen matrices in 4 bits, as QLoRA does; 16: uncompressed, in --dtype
     shard: bool = False  # spread LLaMA's blocks over the GPUs of the run (FSDP); no test after training
     workers: int = -1  # processes that decode images; -1: 4 with a GPU, none on a CPU [-1, 256]
     log_every: int = 10  # steps between log lines [1, inf)
@@ -120,8 +121,8 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
-    # called on each module once its weights are read: --shard spreads the module over the GPUs, --bits 4
-    # compresses it. Otherwise None
+    # from_pretrained calls after_read(module) when it has read a module's weights. With --shard, this spreads
+    # the module over the GPUs; with --bits 4, it compresses it; with neither, after_read is None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.recompute_blocks
@@ -233,7 +234,7 @@ def main() -> None:
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # waits for all ranks
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # entered when all ranks are
         train(cfg, device, dtype)
 
 

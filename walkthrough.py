@@ -52,8 +52,8 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nFor each tensor, we print the first four numbers\n"
-      "twice: ours, and those of tests/naive.py, independent numpy code that keeps t_m in the sequence.")
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nFor each tensor, we print four numbers of ours and of\n"
+      "tests/naive.py, independent numpy code that keeps t_m in the sequence. C is d of the paper, T tokens.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -61,7 +61,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("`mixed` is Eq. (3). Z is the normalised input of an attention, which reads Z' instead. In layer 0:")
+print("`mixed` is Eq. (3). Z is what the norm hands to the attention, which now reads Z'. In layer 0:")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -90,8 +90,9 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, also=("for step", "for batch", "L = ", ").backward", "r.step"))
-print("A check of backward(): naive.py adds the same e to all entries of phi_d.bias in the ViT's block 0.\n"
-      "So dL/de is the sum of the entries of its gradient. R is the wrong 'The answer is B.', so L is large.")
+print("A check of backward(). If e is added to all entries of phi_d.bias in the ViT's block 0, dL/de is the\n"
+      "sum of the entries of phi_d.bias.grad. naive.py computes dL/de as a finite difference.\n"
+      "R is 'The answer is B.', which is wrong: for the right R, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -102,13 +103,12 @@ with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
 a, a_vit = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0].adapter_attn
-print("An adapter of LLaMA-7B:", " + ".join(f"{count(part)} ({name})" for name, part in a.named_children()),
-      f"= {count(a)}.\nphi_u1 has two groups, so 4 weights and a bias for each of 4,096 outputs."
-      f"\nLaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
+print(f"LaVIN-7B trains 32 x {count(a)} (MM-Adapters in LLaMA) + 24 x {count(a_vit)} (in the ViT) + "
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, f"L of two responses\n{RED}\nThe answer is B.", lavin.negative_log_likelihood, also=("log_p",))
+equation(5, "L of two responses; W is LLaMA's output matrix", lavin.negative_log_likelihood, also=("log_p",))
+print("response 1: " + RED + "\nresponse 2: The answer is B.")
 here, there = [model(right_batch), model(wrong_batch)], [-x.log_p.sum() for x in (naive_right, naive_wrong)]
 check("L", "response", here, there)
 

@@ -27,14 +27,15 @@ class Conversation:
             raise ValueError("these adapters are text-only (trained with --no-vision); leave out --image")
         if image:
             open_image(image)  # an error if it cannot be read
-        self.image, self.image_embeds, self.turns = Path(image) if image else None, None, []
+        self.image, self.image_embeds = Path(image) if image else None, None
+        self.turns = []
 
     def wrap(self, text: str, context: str) -> str:
         """Put the user's words into the prompt format of the training; "(A) .. (B) .." are options."""
         if not text.strip():
             raise ValueError('the prompt is empty; give --prompt "your question"')
-        # adapters that were trained only on instructions expect "Instruction: .. Response:", all others
-        # "Question: .. Context: .. Options: .. Response:"
+        # adapters that were trained only on instructions expect "Instruction: .. Response:", all others (and
+        # those of the authors) "Question: .. Context: .. Options: .. Response:"
         trained_on = self.meta.get("train", {}).get("data", "")
         if trained_on and all(source.kind != "scienceqa" for source in prompts.mixture(trained_on)):
             return prompts.instruct(text.strip(), context)
@@ -57,7 +58,7 @@ class Conversation:
             print(f"[the context is full: the {dropped} oldest turns are forgotten]", file=sys.stderr)
         self.new_prompt = e.rest  # `to_text` will add the answer, and keep both as a turn
         e.rest = [id for turn in self.turns for id in turn] + self.new_prompt
-        e.n_prompt = len(e.rest)  # earlier answers included: nothing is a target
+        e.n_prompt = len(e.rest)  # all of it, earlier answers too, is prompt: there are no targets
         size = self.model.vit.cfg.image_size if self.image else 0
         batch = data.collate([e], size, self.model.cfg.normalize, self.image_embeds).to(self.model.device)
         if self.image and self.image_embeds is None:  # the ViT runs once per image, not once per turn
