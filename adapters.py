@@ -29,8 +29,8 @@ random. So the two drift apart. (If w were the same for all samples, the gradien
 be proportional, and AdamW, whose steps hardly depend on the scale of a gradient, would keep phi_u1 and phi_u2
 equal. In the ViT, w varies little between images, so its phi_u1 and phi_u2 stay similar.)
 
-Shapes: T tokens, d width, r hidden units (8). Before T come the images in the ViT, and the rows in LLaMA (in
-training a single row, in which all samples lie end to end).
+Shapes: z is [images, T, d] in the ViT, and [rows, T, d] in LLaMA. In training, LLaMA has a single row, in
+which all samples lie end to end. T tokens, d width, r hidden units (8).
 """
 from dataclasses import dataclass
 
@@ -113,7 +113,7 @@ class MMAdapter(nn.Module):
         self.cfg, r = cfg, cfg.dim
         self.phi_d = xavier(nn.Linear(d, r))
         self.phi_u1, self.phi_u2 = GroupedLinear(r, d), GroupedLinear(r, d)
-        self.f_w = RoutingFunction(d, cfg.tau)  # called by llama.Block.route, clip.Block.attention_input
+        self.f_w = RoutingFunction(d, cfg.tau)  # the caller computes w: llama.Block.route, clip.Block
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
         """z [.., T, d] -> z' [.., T, d]. w = f_w(t_m): a pair for each token, [.., T, 2], since samples of

@@ -42,7 +42,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class LayerNorm(nn.LayerNorm):
-    """Under autocast, CUDA's LayerNorm returns fp32. Cast it back, or ln_pre makes all residuals fp32."""
+    """Under autocast, CUDA's LayerNorm returns fp32. Without this cast, the residual after ln_pre is fp32."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)
@@ -100,7 +100,7 @@ class Block(nn.Module):
         In the released code, f_w reads z[:, 0], and z is [T, N, C] there. So z[:, 0] is not the [cls] token,
         but all tokens of the batch's first image: token i of every image is routed by token i of the first.
         The authors' adapters were trained with this. Their files are read with vit_routing "token": each
-        token is routed by itself, which is what the released code does if a batch has a single image.
+        token's own state routes it, which is what the released code does if a batch has a single image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

@@ -85,7 +85,7 @@ class Batch(NamedTuple):
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    # the distinct image files; with dropout, a copy of its image for each sample, since it has its own mask
+    # without dropout, each distinct image file once; with dropout, one per sample, as each has its own mask
     images: torch.Tensor | None = None  # [N, 3, H, W]
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
     image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None

@@ -176,8 +176,8 @@ class LaVIN(nn.Module):
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        # go on until even the shortest prompt has filled the context. Longer prompts get there earlier, and
-        # `done` ends their answers
+        # the shortest prompt leaves the most room, so it sets the number of steps. A longer prompt runs out
+        # of room earlier and is marked `done`. Its row is still computed, but its tokens are dropped
         max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
         random = torch.Generator().manual_seed(seed)
         done = [False] * len(batch.lengths)

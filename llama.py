@@ -6,7 +6,7 @@ without padding. `prefill` reads packed prompts into a cache. `decode` reads one
 The three differ only in the attention: each defines a function attend(layer, q, k, v), which Attention calls.
 A fourth way, `Block.route`, is for modality tokens, which see only themselves.
 
-Shapes: B rows (packed: 1; in `decode` one per sequence), T tokens, C = dim, H heads, D = C / H, G key/value
+Shapes: B sequences (packed, they are one row, [1, T, ..]), T tokens, C = dim, H heads, D = C / H, G key/value
 heads (in LLaMA-1, G = H), S slots of a cache, M modality tokens, r hidden units of an adapter.
 """
 from dataclasses import dataclass

@@ -112,8 +112,8 @@ def main() -> None:
     # merge LLaMA's adapters into wq, wk and wv. The result is a FoldedLaVIN (speed/step.py), a subclass of
     # LaVIN, in which wq, wk and wv hold W' and b' of adapters.fold. So neither prefill nor decode runs an
     # adapter; the answers are the same up to rounding. Text and images have different w, and a chat may
-    # switch between them (/image). So for a chat, it holds two sets, and takes that of the prompt. With
-    # --bits 4, nothing is merged
+    # switch between them (/image). So for a chat, the model keeps two versions of W' and b', and uses the one
+    # for the prompt's modality. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

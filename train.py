@@ -52,7 +52,7 @@ class Config:
     vision: bool = True  # --no-vision: text only, without image encoder
     vit_adapters: bool = True  # adapters in the image encoder too ("joint optimisation")
     adapter: str = "mm"  # in LLaMA: mm (with router) or rep (plain RepAdapter)
-    adapter_dim: int = 8  # r, the number of hidden units of an adapter; even [2, 16382]
+    adapter_dim: int = 8  # r, the number of hidden units of an adapter; even, below 2^14 [2, 16382]
     scale: float = 1.0  # s of Eq. (2), which scales the adapters' output (0, 1000000]
     tau: float = 10.0  # temperature of the softmax of Eq. (3); the paper: 10 for 7B, 5 for 13B (0, 1000000]
     dropout: float = 0.0  # share of an adapter's hidden units that is dropped [0, 1)
@@ -234,7 +234,7 @@ def main() -> None:
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # entered when all ranks are
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # each rank waits for all
         train(cfg, device, dtype)
 
 

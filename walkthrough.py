@@ -52,8 +52,8 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nFor each tensor, we print four numbers of ours and of\n"
-      "tests/naive.py, independent numpy code that keeps t_m in the sequence. C is d of the paper, T tokens.")
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor [sizes of its axes], we print the first\n"
+      "four entries: ours, and those of tests/naive.py, independent numpy code with t_m in the sequence.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -90,9 +90,9 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, also=("for step", "for batch", "L = ", ").backward", "r.step"))
-print("A check of backward(). If e is added to all entries of phi_d.bias in the ViT's block 0, dL/de is the\n"
-      "sum of the entries of phi_d.bias.grad. naive.py computes dL/de as a finite difference.\n"
-      "R is 'The answer is B.', which is wrong: for the right R, L and its gradient are almost 0.")
+print("Does backward() reach the adapter in the ViT's block 0, through all of LLaMA? If e is added to each\n"
+      "entry of its phi_d.bias, dL/de is the sum of phi_d.bias.grad. naive.py takes a finite difference.\n"
+      "R is deliberately the wrong 'The answer is B.': for the right R, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -103,12 +103,12 @@ with torch.device("meta"):  # the sizes without the numbers
     big = LaVIN(llama.LLaMA(llama.PRESETS["7B"]), clip.VisionTransformer(clip.PRESETS["ViT-L/14"]), model.cfg)
 count = lambda module: f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
 a, a_vit = big.llama.layers[0].adapter_attn, big.vit.transformer.resblocks[0].adapter_attn
-print(f"LaVIN-7B trains 32 x {count(a)} (MM-Adapters in LLaMA) + 24 x {count(a_vit)} (in the ViT) + "
+print(f"LaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
 equation(5, "L of two responses; W is LLaMA's output matrix", lavin.negative_log_likelihood, also=("log_p",))
-print("response 1: " + RED + "\nresponse 2: The answer is B.")
+print(f"1: {RED}\n2: The answer is B.")
 here, there = [model(right_batch), model(wrong_batch)], [-x.log_p.sum() for x in (naive_right, naive_wrong)]
 check("L", "response", here, there)
 
@@ -132,7 +132,7 @@ p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)
 check("p(R_s | ..)", "s", p_R, np.exp(naive_right.log_p))
 print(textwrap.fill(" ".join(f"{tokenizer.decode([t]) or '[EOS]'}:{x:.4f}" for t, x in zip(answer, p_R)), 96))
 other = model.generate(batch._replace(images=exchanged[None]), 40, tokenizer.eos, temperature=0)[0]
-print(f"p(R | Z) = {np.prod(p_R):.4f} = exp(-L)\nIf red and blue are exchanged:\n{tokenizer.decode(other)}")
+print(f"p(R | Z) = {np.prod(p_R):.4f} = exp(-L)\nWith red and blue exchanged:\n{tokenizer.decode(other)}")
 
 # %% The attention of LLaMA's last layer: where does the token that predicts "red" find the color? Folding.
 with patch.object(llama, "dot_product_attention", wraps=llama.dot_product_attention) as attention:
