@@ -48,7 +48,8 @@ def encode(sample: Sample, tokenizer, n_visual: int) -> Example:
     head = [tokenizer.bos] + tokenizer.encode("Image: " if sample.image else "Image: N/A")
     rest = tokenizer.encode(sample.prompt + sample.response) + ([tokenizer.eos] if sample.response else [])
     # as in the released code, we count the prompt's tokens by encoding it alone. A tokenizer that merges the
-    # prompt's last character with the response's first would make this wrong. LLaMA's never does in ScienceQA
+    # prompt's last character with the response's first would make this wrong. In the 1,773 problems
+    # of a test, LLaMA's never does
     n_prompt = len(tokenizer.encode(sample.prompt))
     return Example(sample, head, n_visual if sample.image else 0, rest, n_prompt)
 
@@ -85,7 +86,7 @@ class Batch(NamedTuple):
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    # without dropout, each distinct image file once; with dropout, one per sample, as each has its own mask
+    # each image file once; but with dropout in the ViT one per sample, because each sample has its own mask
     images: torch.Tensor | None = None  # [N, 3, H, W]
     image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
     image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None

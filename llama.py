@@ -211,7 +211,7 @@ class LLaMA(nn.Module):
 
         def attend(layer, q, k, v):
             k, v = cache.update(layer, seq, positions, k[:, 0], v[:, 0])
-            return dot_product_attention(q, k, v, visible[:, None, None])
+            return dot_product_attention(q, k, v, visible[:, None, None] if len(x) > 1 else None)
 
         return self.blocks(x, w, positions[:, None], attend)
 

@@ -177,7 +177,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)  # one run at a time in a folder
     model, tokenizer, dataset, test_problems = prepare(cfg, device, dtype, say)
     # the same L in less memory: only 256 targets have logits at a time, and none are kept for backward().
-    # Without this line, training gives the same adapters
+    # Without this line, training gives the same adapters, apart from rounding
     model.loss = in_chunks(negative_log_likelihood)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
@@ -234,7 +234,7 @@ def main() -> None:
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # each rank waits for all
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # waits until all ranks are here
         train(cfg, device, dtype)
 
 

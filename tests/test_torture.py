@@ -1,4 +1,5 @@
 """A slice of each part of tests/torture, which `make torture` runs in full."""
+import dataclasses
 import os
 import random
 import socket
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from torture import disk, environments, flags, kills, memory, mutations, precision
+
+import train
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs fork and Linux's /proc")
 
@@ -37,6 +40,8 @@ def test_the_mutations_notice_how_a_reader_fails(tmp_path, monkeypatch, expected
 
 
 def test_flags_at_and_beyond_their_ranges(tmp_path):
+    dropout = next(f for f in dataclasses.fields(train.Config) if f.name == "dropout")
+    assert {"-1e-06", "1.0"} < set(flags.values(dropout, "a share [0, 1)"))  # both bounds are tried
     assert survived(flags.run(tmp_path, seed=0, count=3)) > 15
 
 

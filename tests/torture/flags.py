@@ -35,7 +35,7 @@ def values(f: dataclasses.Field, comment: str) -> list[str]:
         return ["", "1", "no"]
     if isinstance(f.default, str | None):
         return list(WORDS)
-    found, low, high = cli.RANGE.match(comment), "0", "inf"
+    found, low, high = cli.RANGE.search(comment), "0", "inf"
     if found:
         low, high = found[2], found[3]
     whole = isinstance(f.default, int)
@@ -47,7 +47,7 @@ def values(f: dataclasses.Field, comment: str) -> list[str]:
 
 def in_range(value: int | float, comment: str) -> bool:
     """Written anew, to check the parser's own."""
-    opening, low, high, closing = re.match(r"([\[(])(\S+), (\S+)([\])])|", comment).groups()
+    opening, low, high, closing = re.search(r"(?:([\[(])([^\s\[(]+), (\S+)([\])]))?$", comment).groups()
     if type(value) is int and abs(value) >= 10**15 or value != value:
         return False
     if opening is None:
