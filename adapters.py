@@ -76,9 +76,8 @@ def dropout(h: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tenso
 
 
 class RepAdapter(nn.Module):
-    """The first rows of Table 2: one adapter, f_a(z) = phi_u(phi_d(z)), and no router. It returns z + s
-    f_a(z). MMAdapter does not use this class: its f_a1 and f_a2 share phi_d, and they have no residual of
-    their own."""
+    """z + s f_a(z): one adapter, f_a(z) = phi_u(phi_d(z)), without a router, as in the first rows of Table 2.
+    MMAdapter does not use this class, because f_a1 and f_a2 share phi_d and have no residual of their own."""
 
     def __init__(self, d: int, cfg: AdapterConfig):
         super().__init__()

@@ -46,7 +46,7 @@ def underscored(word: str) -> str:
 def out_of_range(value: int | float, comment: str) -> str:
     """What a flag with this comment expects instead of `value`; "" if the value is in range."""
     found = RANGE.search(comment)
-    malformed = not found and re.search(r"(^|\s)[\[(](-?\d|-?inf|zero)", comment)
+    malformed = not found and re.search(r"(^|\s)[\[(](-?\d|-?inf)", comment)
     assert not malformed, f"declare a range like [0, 1), not {comment!r}"
     opening, low, high, closing = found.groups() if found else ("(", "-inf", "inf", ")")
     above_low = value >= float(low) if opening == "[" else value > float(low)

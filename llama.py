@@ -63,8 +63,7 @@ def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     angle p freq_j, so q k depends only on the distance. positions [.., T] -> e^(i angle), [.., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
-    freq = slowed(freq, cfg.rope_scaling) if cfg.rope_scaling else freq  # scaled only from LLaMA-3.1 on
-    angle = positions[..., None, None].float() * freq
+    angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged before LLaMA-3.1
     return torch.complex(angle.cos(), angle.sin())
 
 
@@ -88,8 +87,8 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of all tokens read so far, in each layer [B, G, S, D], the layout that attention reads
-    fastest. Later tokens do not change them. There is room for the prompts and `room` more tokens."""
+    """Keys and values of all tokens read so far, in each layer [B, G, S, D], the layout of torch's
+    attention. Later tokens do not change them. There is room for the prompts and `room` more tokens."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
         shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
@@ -208,10 +207,11 @@ class LLaMA(nn.Module):
         """Read one more token of each sequence, x [B, 1, C] -> [B, 1, C]; w [layers, B, 1, 2]"""
         seq, positions = torch.arange(len(x), device=x.device), cache.advance()  # [B] each
         visible = torch.arange(cache.filled, device=x.device) <= positions[:, None]  # [B, filled]
+        mask = visible[:, None, None] if len(x) > 1 else None  # a single sequence sees every filled slot
 
         def attend(layer, q, k, v):
             k, v = cache.update(layer, seq, positions, k[:, 0], v[:, 0])
-            return dot_product_attention(q, k, v, visible[:, None, None] if len(x) > 1 else None)
+            return dot_product_attention(q, k, v, mask)
 
         return self.blocks(x, w, positions[:, None], attend)
 

@@ -105,7 +105,7 @@ def schedule(step: int, warmup: int, total: int) -> float:
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
         # a batch without images gives the ViT's adapters no gradient. It must be zero then, not None: the sum
-        # over ranks needs a tensor from each, and with None, AdamW would skip momentum and weight decay of p
+        # over ranks needs a tensor from each, and if it is None, AdamW leaves p as it is
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -154,7 +154,8 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
     rank, ranks = cli.processes()
-    # with --shard, every forward pass needs all ranks, so shard.Steps gives all equally many micro-batches
+    # with --shard, every forward pass needs all ranks, so shard.Steps gives every rank the same number
+    # of micro-batches
     Steps = shard.Steps if cfg.shard else data.Steps
     dataset = Steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
                     image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))

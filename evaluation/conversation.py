@@ -14,7 +14,7 @@ from official.tokenizer import Tokenizer
 
 
 class Conversation:
-    """In each turn, `batch` makes the input of `LaVIN.stream`, and `to_text` decodes and keeps its output."""
+    """In each turn, `batch` makes the input of `LaVIN.stream`; `to_text` decodes and keeps what it yields."""
 
     def __init__(self, model: LaVIN, meta: dict, tokenizer: Tokenizer):
         """meta: the metadata of the adapter file"""
