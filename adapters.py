@@ -25,9 +25,7 @@ phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through p
 
 Why phi_u1 and phi_u2 become different, though both start at zero. A sample's gradient is scaled by w_0 for
 phi_u1 and by w_1 for phi_u2. Text and images have different w from the start, because E_m and f_w start at
-random. So the two drift apart. (If w were the same for all samples, the gradients of phi_u1 and phi_u2 would
-be proportional, and AdamW, whose steps hardly depend on the scale of a gradient, would keep phi_u1 and phi_u2
-equal. In the ViT, w varies little between images, so its phi_u1 and phi_u2 stay similar.)
+random. So the two drift apart. (In the ViT, w varies little between images, so the two drift apart less.)
 
 Shapes: z is [images, T, d] in the ViT, and [rows, T, d] in LLaMA. In training, LLaMA has a single row, in
 which all samples lie end to end. T tokens, d width, r hidden units (8).

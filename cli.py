@@ -147,6 +147,12 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def say(text: str) -> None:
+    """Print on stderr, on the first of the processes only."""
+    if processes()[0] == 0:
+        print(text, file=sys.stderr)
+
+
 @contextmanager
 def process_group(backend: str, **options):
     """Set up torch.distributed for the `with` block. A single process needs no group and gets none."""

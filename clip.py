@@ -42,7 +42,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class LayerNorm(nn.LayerNorm):
-    """Under autocast, CUDA's LayerNorm returns fp32. Without this cast, the residual after ln_pre is fp32."""
+    """Under autocast, CUDA's LayerNorm returns fp32. The cast keeps the residual in bf16."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)
@@ -108,10 +108,14 @@ class Block(nn.Module):
         t = z[:, :1] if self.vit_routing == "cls" else z  # [N, 1 or T, C]
         return self.adapter_attn(z, self.adapter_attn.f_w(t), dropout_mask)
 
+    @recomputed
+    def mlp_input(self, x):
+        return self.ln_2(x)
+
     def forward(self, x, dropout_mask=None):
         """x [N, T, C]; dropout_mask of the adapter's hidden units, [N, T, r]"""
         x = x + self.attn(self.attention_input(x, dropout_mask))
-        return x + self.mlp(recomputed(self.ln_2)(x))
+        return x + self.mlp(self.mlp_input(x))
 
 
 class VisionTransformer(nn.Module):

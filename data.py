@@ -86,12 +86,10 @@ class Batch(NamedTuple):
     modality: list[int]  # [B], 1 with an image
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
-    # each image file once; but with dropout in the ViT one per sample, because each sample has its own mask
-    images: torch.Tensor | None = None  # [N, 3, H, W]
-    image_index: torch.Tensor | None = None  # [samples with an image], which of `images` a sample shows
-    image_embeds: torch.Tensor | None = None  # X' [1, n_visual, C] that a chat has kept; else None
+    images: torch.Tensor | None = None  # [N, 3, H, W]; N: samples with an image
+    image_embeds: torch.Tensor | None = None  # X' [N, n_visual, C], if it is known already; then no images
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
-    vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, samples with an image, ViT tokens, r]
+    vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, N, ViT tokens, r]
 
     def to(self, device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
@@ -111,9 +109,8 @@ def collate(examples: list[Example], image_size: int, normalize: str, image_embe
     files = [e.sample.image for e in examples if e.n_visual]
     if not files or image_embeds is not None:
         return batch
-    distinct = list(dict.fromkeys(files))
-    images = torch.stack([preprocess(open_image(file), image_size, normalize) for file in distinct])
-    return batch._replace(images=images, image_index=torch.tensor([distinct.index(file) for file in files]))
+    images = [preprocess(open_image(file), image_size, normalize) for file in files]
+    return batch._replace(images=torch.stack(images))
 
 
 class Steps(torch.utils.data.Dataset):
@@ -192,9 +189,7 @@ class MaskSampler(NamedTuple):
             random = np.random.default_rng(seed)
             survive = lambda *shape: torch.from_numpy(random.random(shape, np.float32) >= self.p)
             llama.append(survive(self.layers, 1, e.length, self.r))
-            vit += [survive(self.vit_blocks, 1, self.vit_tokens, self.r)] if e.n_visual else []
-        batch = batch._replace(llama_dropout_mask=torch.cat(llama, dim=2))
-        if vit and self.vit_blocks:  # each sample has its own mask, so it needs its own copy of the image
-            batch = batch._replace(vit_dropout_mask=torch.cat(vit, dim=1),
-                                   images=batch.images[batch.image_index], image_index=torch.arange(len(vit)))
-        return batch
+            if e.n_visual and self.vit_blocks:
+                vit.append(survive(self.vit_blocks, 1, self.vit_tokens, self.r))
+        return batch._replace(llama_dropout_mask=torch.cat(llama, dim=2),
+                              vit_dropout_mask=torch.cat(vit, dim=1) if vit else None)

@@ -112,22 +112,22 @@ class LaVIN(nn.Module):
             return batch.image_embeds
         if batch.images is None:
             return []
-        X = self.vit(batch.images, batch.vit_dropout_mask)  # [images, n, ViT width]
-        return self.adapter_proj(X)[batch.image_index]
+        X = self.vit(batch.images, batch.vit_dropout_mask)  # [.., n, ViT width]
+        return self.adapter_proj(X)
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
-        """Z of each sample, [T, C]. As in the released code, X' stands inside Y, after [BOS] "Image: ".
-        t_m is not in Z: no other token sees it, it acts only through the routing weights. In training, Y_rest
-        ends with R: attention is causal, so one pass gives all terms of Eq. (5)."""
+        """Z of each sample, [T, C]. t_m is not in it: no other token sees t_m, which acts only through the
+        routing weights. X' stands between Y_head = [BOS] "Image: " and Y_rest, as in the released code. In
+        training, Y_rest ends with R: attention is causal, so one pass gives all terms of Eq. (5)."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # Y_head, Y_rest, Y_head, ..
         X_primes = iter(self.encode_images(batch))  # [n, C] each
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             if modality == IMAGE:
                 X_prime = next(X_primes)
-                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], t_m left out, X' in Y
+                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], here without t_m
             else:
-                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y], t_m left out
+                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y], here without t_m
             inputs.append(Z)
         return inputs
 
@@ -170,30 +170,24 @@ class LaVIN(nn.Module):
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
-        """In each step, yield a list with the next token of each prompt, None where the answer has ended. All
-        prompts share the step's random number, so a prompt gets the same answer alone and in any batch.
+        """Yield R_1, then R_2, ..: each time, a list with a token for each row, None if its answer has ended.
         temperature 0 is greedy. ValueError if a prompt leaves no room in the context."""
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
-        # the shortest prompt leaves the most room, so it sets the number of steps. A longer prompt runs out
-        # of room earlier and is marked `done`. Its row is still computed, but its tokens are dropped
-        max_new_tokens = min(max_new_tokens, context - min(batch.lengths))
+        limits = [min(max_new_tokens, context - n) for n in batch.lengths]  # tokens that each answer may have
         random = torch.Generator().manual_seed(seed)
-        done = [False] * len(batch.lengths)
-        logits, cache, w = self.prefill(batch, max_new_tokens)
-        for s in range(1, max_new_tokens + 1):
-            # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a); pass s computes factor s
-            p = torch.softmax(logits, -1)  # [B, V]: p(R_s | Z, R_{0:s-1}) of every possible R_s
-            R_s = pick(p, temperature, top_p, random)  # [B]: one of them
+        logits, cache, w = self.prefill(batch, max(limits))  # reads Z
+        # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
+        for s in range(1, max(limits) + 1):
+            p = torch.softmax(logits, -1)  # factor s of the product, for every possible R_s: [B, V]
+            R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
-            # an answer ends with EOS, or if its prompt (n tokens) and s tokens do not fit into the context
-            done = [d or id == eos or n + s > context for d, id, n in zip(done, ids, batch.lengths)]
-            if all(done):
+            limits = [0 if id == eos else limit for id, limit in zip(ids, limits)]
+            if s > max(limits):  # every answer has ended
                 return
-            yield [None if d else id for d, id in zip(done, ids)]
-            if s < max_new_tokens:
-                logits = self.decode(w, R_s, cache)
+            yield [id if s <= limit else None for id, limit in zip(ids, limits)]
+            logits = self.decode(w, R_s, cache)  # reads R_s
 
     def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""

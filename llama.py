@@ -4,10 +4,9 @@ weights.py reads official weights, in Meta's layout or Hugging Face's. Parameter
 There are three ways through the blocks. `forward` trains on packed sequences: all lie end to end in one row,
 without padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence.
 The three differ only in the attention: each defines a function attend(layer, q, k, v), which Attention calls.
-A fourth way, `Block.route`, is for modality tokens, which see only themselves.
 
-Shapes: B sequences (packed, they are one row, [1, T, ..]), T tokens, C = dim, H heads, D = C / H, G key/value
-heads (in LLaMA-1, G = H), S slots of a cache, M modality tokens, r hidden units of an adapter.
+Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G heads of keys and values (LLaMA-1: G = H;
+later, each serves H / G heads), S slots of a cache, M modality tokens, r hidden units of an adapter.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ class LLaMAConfig:
     norm_eps: float = 1e-6  # 1e-5 in LLaMA-2
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
-    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
-    rope_scaling: dict | None = None  # from LLaMA-3.1 on: slower rotation, see official/rope.py
+    n_kv_heads: int | None = None  # G, the heads of keys and values; None: n_heads, as in LLaMA-1
+    rope_scaling: dict | None = None  # from LLaMA-3.1 on: rotary embedding rotates more slowly
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -87,11 +86,10 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of all tokens read so far, in each layer [B, G, S, D], the layout of torch's
-    attention. Later tokens do not change them. There is room for the prompts and `room` more tokens."""
+    """Keys and values of all tokens read so far. There is room for the prompts and `room` more tokens."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
-        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
+        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads  # [B, G, S, D]
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.tensor(lengths, device=device)  # tokens of each sequence
@@ -103,9 +101,8 @@ class KVCache:
         return self.lengths - 1
 
     def update(self, layer: int, seq: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
-        """Write the keys and values of new tokens, k and v [tokens, G, D]: token i goes to sequence seq[i],
-        slot positions[i]. Return all filled slots, [B, filled, G, D]. Shorter sequences leave their last
-        slots empty; `decode` masks these."""
+        """Write k and v [tokens, G, D] of new tokens: of token i, into sequence seq[i], slot positions[i].
+        Return all filled slots, [B, filled, G, D]. `decode` masks the empty slots of shorter sequences."""
         cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
         cached_k[seq, positions], cached_v[seq, positions] = k, v  # writes into self.k and self.v
         return cached_k[:, :self.filled], cached_v[:, :self.filled]
@@ -136,18 +133,17 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False) for _ in range(2))
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
-        self.swiglu = recomputed(lambda x1, x3: F.silu(x1) * x3)
+        self.swiglu = recomputed(lambda gate, x: F.silu(gate) * x)
 
     def forward(self, x):
         return self.w2(self.swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
-    """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)). The norms are RMSNorm.
+    """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)).
     For the backward pass, autograd keeps per token: x before each norm; q, k, v; the output of attention;
-    w1(x) and w3(x). Frozen matrices need no gradient of their weights, so their inputs are not kept. Norms,
-    adapter and SwiGLU run again (`recomputed`). The attention weights are computed again, too, by torch's
-    kernel, from q, k and one number per token and head, the log of the softmax's denominator."""
+    w1(x) and w3(x). Frozen matrices get no gradient, so autograd does not keep their inputs. Norms, adapter
+    and SwiGLU run again (`recomputed`). So do, in torch's kernel, the attention weights."""
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
@@ -161,10 +157,14 @@ class Block(nn.Module):
         z = self.attention_norm(x)
         return z if self.adapter_attn is None else self.adapter_attn(z, w, dropout_mask)
 
+    @recomputed
+    def ffn_input(self, x):
+        return self.ffn_norm(x)
+
     def forward(self, x, rope, attend, w=None, dropout_mask=None):
         """x [B, T, C]; w: this layer's routing weights; w and dropout_mask may be None"""
         x = x + self.attention(self.attention_input(x, w, dropout_mask), rope, attend)
-        return x + self.feed_forward(recomputed(self.ffn_norm)(x))
+        return x + self.feed_forward(self.ffn_input(x))
 
     def route(self, t):
         """Modality tokens t [M, C] -> this layer's routing weights [M, 2], and t for the next layer."""

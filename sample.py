@@ -109,11 +109,9 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # merge LLaMA's adapters into wq, wk and wv. The result is a FoldedLaVIN (speed/step.py), a subclass of
-    # LaVIN, in which wq, wk and wv hold W' and b' of adapters.fold. So neither prefill nor decode runs an
-    # adapter; the answers are the same up to rounding. Text and images have different w, and a chat may
-    # switch between them (/image). So for a chat, the model keeps two versions of W' and b', and uses the one
-    # for the prompt's modality. With --bits 4, nothing is merged
+    # merge LLaMA's adapters into wq, wk and wv, with adapters.fold: a token then costs less, and the answers
+    # stay the same up to rounding. A chat may show an image later, so for a chat, the model keeps the merged
+    # matrices of both modalities. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

@@ -13,14 +13,14 @@ The folder --out holds adapters.safetensors, checkpoint.pt, log.jsonl, and curve
 --resume goes on from checkpoint.pt; on a CPU the result has the same bits as a run that was never stopped.
 """
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # first: it also handles Ctrl-C while torch is imported
+import cli
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 import data
 import prompts
@@ -40,8 +40,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each line. The comment is its help text, and a range at the end of the comment is
-    # checked: [0, 1) stands for 0 <= x < 1
+    # each line is a flag: its name, type, default, and help text, which may end with the allowed range
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -52,7 +51,7 @@ class Config:
     vision: bool = True  # --no-vision: text only, without image encoder
     vit_adapters: bool = True  # adapters in the image encoder too ("joint optimisation")
     adapter: str = "mm"  # in LLaMA: mm (with router) or rep (plain RepAdapter)
-    adapter_dim: int = 8  # r, the number of hidden units of an adapter; even, below 2^14 [2, 16382]
+    adapter_dim: int = 8  # r, the number of hidden units of an adapter; even [2, 16382]
     scale: float = 1.0  # s of Eq. (2), which scales the adapters' output (0, 1000000]
     tau: float = 10.0  # temperature of the softmax of Eq. (3); the paper: 10 for 7B, 5 for 13B (0, 1000000]
     dropout: float = 0.0  # share of an adapter's hidden units that is dropped [0, 1)
@@ -121,8 +120,9 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
-    # from_pretrained calls after_read(module) when it has read a module's weights. With --shard, this spreads
-    # the module over the GPUs; with --bits 4, it compresses it; with neither, after_read is None
+    """A LaVIN with untrained adapters, and its tokenizer."""
+    # after_read(module) is called once a module's weights are read. It spreads the module over the GPUs
+    # (--shard), or compresses it (--bits 4); without these flags it is None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.recompute_blocks
@@ -133,10 +133,13 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     torch.manual_seed(cfg.seed)  # every rank starts with the same adapters
     adapter = AdapterConfig(cfg.adapter, cfg.adapter_dim, cfg.scale, cfg.tau, cfg.dropout)
     model = LaVIN(llama, vit, LaVINConfig(adapter, cfg.vision, cfg.vit_adapters, normalize=cfg.normalize))
+    # the same L in less memory: only 256 targets have logits at a time, and none are kept for backward().
+    # Without this line, training gives the same adapters, apart from rounding
+    model.loss = in_chunks(negative_log_likelihood)
     return model.to(device), tokenizer
 
 
-def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
+def prepare(cfg: Config, device, dtype, say=cli.say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
     """Model, tokenizer, training batches, and the problems that are answered after training."""
     sources = list(prompts.mixture(cfg.data))  # the data sets that --data names
     read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)  # a list of Samples
@@ -154,44 +157,43 @@ def prepare(cfg: Config, device, dtype, say) -> tuple[LaVIN, Tokenizer, data.Ste
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
     rank, ranks = cli.processes()
-    # with --shard, every forward pass needs all ranks, so shard.Steps gives every rank the same number
-    # of micro-batches
+    # with --shard, every forward pass needs all ranks, so all need the same number of micro-batches
     Steps = shard.Steps if cfg.shard else data.Steps
     dataset = Steps(examples, cfg.batch_size, cfg.micro_batch, rank=rank, ranks=ranks, seed=cfg.seed,
                     image_size=image_size, normalize=cfg.normalize, masks=data.MaskSampler.of(model))
     return model, tokenizer, dataset, test_problems
 
 
-def summary(cfg: Config, n_trained: int, per_epoch: int, ranks: int, total: int, warmup: int) -> str:
-    """What a run prints before it starts, such as "2 accumulation x 4 processes x 4 samples = 32 samples"."""
-    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
+def loader_of(dataset: data.Steps, first: int, stop: int, workers: int, device: torch.device) -> DataLoader:
+    """dataset[first], .., dataset[stop - 1]. On a GPU, other processes make them while the GPU computes."""
+    cuda = device.type == "cuda"
+    workers = workers if workers >= 0 else 4 * cuda
+    return DataLoader(dataset, None, sampler=range(first, stop), num_workers=workers, pin_memory=cuda)
+
+
+def summary(cfg: Config, theta_a: dict, per_epoch: int, total: int, warmup: int) -> str:
+    """What a run prints before it starts. For a batch of 32 on 4 GPUs, this has the words
+    "2 micro-batches x 4 processes x 4 samples = 32 samples a step"."""
+    ranks, n_trained = cli.processes()[1], sum(p.numel() for p in theta_a.values())
+    per_rank = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
     return (f"{n_trained:,} trainable parameters; {total} steps, {per_epoch} an epoch, {warmup} for warm-up; "
-            f"{accumulation} accumulation x {ranks} processes x {cfg.batch_size / accumulation / ranks:g} "
-            f"samples = {cfg.batch_size} samples; peak lr {cfg.lr * cfg.batch_size / 256:.2e}"
+            f"{per_rank} micro-batches x {ranks} processes x {cfg.batch_size / per_rank / ranks:g} samples = "
+            f"{cfg.batch_size} samples a step; peak lr {cfg.lr * cfg.batch_size / 256:.2e}"
             + ("; sharded, so without a test" if cfg.shard else ""))
 
 
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
     rank, ranks = cli.processes()
-    is_main = rank == 0
-    say = (lambda *a: print(*a, file=sys.stderr)) if is_main else (lambda *a: None)
-    out = lock_folder(cfg.out, "train.lock") if is_main else Path(cfg.out)  # one run at a time in a folder
-    model, tokenizer, dataset, test_problems = prepare(cfg, device, dtype, say)
-    # the same L in less memory: only 256 targets have logits at a time, and none are kept for backward().
-    # Without this line, training gives the same adapters, apart from rounding
-    model.loss = in_chunks(negative_log_likelihood)
+    out = lock_folder(cfg.out, "train.lock") if rank == 0 else Path(cfg.out)  # one run at a time in a folder
+    model, tokenizer, dataset, test_problems = prepare(cfg, device, dtype)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
     total, warmup = max(1, round(cfg.epochs * dataset.per_epoch)), round(cfg.warmup * dataset.per_epoch)
     stop, peak_lr = min(cfg.steps or total, total), cfg.lr * cfg.batch_size / 256
-    n_trained = sum(p.numel() for p in theta_a.values())
-    say(f"{device}, {dtype}: {summary(cfg, n_trained, dataset.per_epoch, ranks, total, warmup)}")
-    record = Record(cfg, dtype, model, optimizer, dataset, stop, is_main)  # log.jsonl and checkpoint.pt
+    cli.say(f"{device}, {dtype}: {summary(cfg, theta_a, dataset.per_epoch, total, warmup)}")
+    record = Record(cfg, dtype, model, optimizer, dataset, stop)  # log.jsonl and checkpoint.pt
     first = record.start()  # 0; with --resume, restores adapters and optimizer and returns the steps done
-    workers = cfg.workers if cfg.workers >= 0 else 4 * (device.type == "cuda")
-    # dataset[step] is a pair: this rank's micro-batches, and the number of targets on all ranks
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, stop),
-                                         num_workers=workers, pin_memory=device.type == "cuda")
+    loader = loader_of(dataset, first, stop, cfg.workers, device)
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
     for step, (micro_batches, n_targets) in enumerate(loader, start=first):
@@ -213,10 +215,10 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         optimizer.step()  # moves theta_a towards theta_a*
         record.step(step, loss, norm)
 
-    if is_main:
+    if rank == 0:
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))
-        say(f"wrote {out / 'adapters.safetensors'} and {chart.curve(out / 'log.jsonl')}")
+        cli.say(f"wrote {out / 'adapters.safetensors'} and {chart.curve(out / 'log.jsonl')}")
     if test_problems and not cfg.shard:  # each rank answers its own share, which a sharded model cannot do
         from evaluation import answering
         answering.answer_split(model, tokenizer, test_problems, out, cfg.max_new_tokens)
@@ -235,7 +237,7 @@ def main() -> None:
     if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # waits until all ranks are here
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
         train(cfg, device, dtype)
 
 

@@ -52,8 +52,8 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nOf each tensor [sizes of its axes], we print the first\n"
-      "four entries: ours, and those of tests/naive.py, independent numpy code with t_m in the sequence.")
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nEach tensor [axis=size, ..] is computed here and by "
+      "tests/naive.py, plain numpy\nwith t_m in the sequence. We print the first four entries of both.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -90,9 +90,9 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, also=("for step", "for batch", "L = ", ").backward", "r.step"))
-print("Does backward() reach the adapter in the ViT's block 0, through all of LLaMA? If e is added to each\n"
-      "entry of its phi_d.bias, dL/de is the sum of phi_d.bias.grad. naive.py takes a finite difference.\n"
-      "R is deliberately the wrong 'The answer is B.': for the right R, L and its gradient are almost 0.")
+print("One gradient as a check: of phi_d.bias in the ViT's block 0. From L, it comes through both models.\n"
+      "If e is added to the whole bias, dL/de is the sum of bias.grad. naive.py takes a finite difference.\n"
+      "R is the wrong 'The answer is B.', because for the right R, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -142,7 +142,7 @@ names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visua
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\nFor demo.png, the model predicts 'red' after 'On the left is a big'. In the last layer, 'big'\n"
-      "attends mostly to X'_4. (The tiny ViT gives one X' per block: X'_4 is from block 3.)\n"
+      "attends mostly to X'_4, the visual token from the ViT's block 3. (X'_1 is from block 0.)\n"
       "Attention weights above 0.01, averaged over the heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nAn adapter of LLaMA is an affine map, so it merges into wq, wk and wv. q of layer 0 is the same:")

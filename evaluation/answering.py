@@ -52,7 +52,7 @@ def answer(model, tokenizer, samples: list[Sample], max_new_tokens: int, tempera
     sampling = dict(temperature=temperature, top_p=top_p, seed=seed)
     texts, started = {}, time.time()
     for rows in batches(questions, batch_size):
-        batch = data.collate(rows, image_size, model.cfg.normalize).to(model.device)
+        batch = collate(model, rows, image_size)
         answers = generate(model, batch, max_new_tokens, tokenizer.eos, complete, **sampling)
         new = {e.sample.id: tokenizer.decode(ids) for e, ids in zip(rows, answers)}
         texts.update(new)
@@ -73,6 +73,18 @@ def batches(questions: list[data.Example], batch_size: int) -> list[list[data.Ex
     text = sorted((e for e in questions if not e.n_visual), key=lambda e: e.length)
     return [group[i: i + batch_size]
             for group in (text, with_picture) for i in range(0, len(group), batch_size)]
+
+
+def collate(model, rows: list[data.Example], image_size: int) -> data.Batch:
+    """A batch on the model's device. If questions share a picture, it is encoded once for all of them."""
+    asking = {e.sample.image: e for e in rows if e.n_visual}  # {picture: one question about it}
+    image_embeds = None
+    if asking:
+        distinct = data.collate(list(asking.values()), image_size, model.cfg.normalize).to(model.device)
+        with torch.inference_mode(), model.autocast():
+            X_prime = model.encode_images(distinct)
+        image_embeds = X_prime[[list(asking).index(e.sample.image) for e in rows if e.n_visual]]
+    return data.collate(rows, image_size, model.cfg.normalize, image_embeds).to(model.device)
 
 
 def rows_that_fit(model, tokens: int) -> int:

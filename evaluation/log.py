@@ -4,6 +4,8 @@ import sys
 import time
 from pathlib import Path
 
+import cli
+
 import torch
 
 import weights
@@ -76,10 +78,10 @@ class Record:
     """log.jsonl and checkpoint.pt of a run."""
 
     def __init__(self, cfg, dtype: torch.dtype, model: LaVIN, optimizer: torch.optim.Optimizer,
-                 dataset: Steps, stop: int, writes: bool):
-        """cfg: train.Config; stop: number of steps of the whole run; writes: True on one of the ranks"""
+                 dataset: Steps, stop: int):
+        """cfg: train.Config; stop: number of steps of the whole run. Only the first rank writes."""
         self.cfg, self.theta_a, self.optimizer = cfg, trainable(model), optimizer
-        self.dataset, self.stop, self.writes = dataset, stop, writes
+        self.dataset, self.stop, self.writes = dataset, stop, cli.processes()[0] == 0
         self.file = Path(cfg.out) / "checkpoint.pt"
         self.settings = run_settings(cfg, dtype, weights.fingerprint(model), dataset.examples)
 

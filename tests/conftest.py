@@ -78,7 +78,7 @@ def make_batch(rows: list[tuple[list[int], int, bool]], seed: int = 0) -> Batch:
     batch = batch._replace(image_embeds=None)
     if not images:
         return batch
-    return batch._replace(images=torch.stack(images), image_index=torch.arange(len(images)))
+    return batch._replace(images=torch.stack(images))
 
 
 def with_masks(batch: Batch, rows, seeds, p: float = 0.5) -> Batch:

@@ -51,7 +51,7 @@ def test_tokens_targets_and_slots(tmp_path):
     assert prompt.rest == [one, two] and data.collate([prompt], 4, "clip").targets.tolist() == []
 
 
-def test_a_picture_of_several_samples_is_decoded_once(tmp_path, monkeypatch):
+def test_known_image_embeds_need_no_images(tmp_path, monkeypatch):
     for color in ("red", "blue"):
         Image.new("RGB", (5, 5), color).save(tmp_path / f"{color}.png")
     opened, open_image = [], data.open_image
@@ -59,10 +59,9 @@ def test_a_picture_of_several_samples_is_decoded_once(tmp_path, monkeypatch):
     rows = [data.encode(sample(image=color and tmp_path / f"{color}.png"), Words(), 3)
             for color in ("red", "blue", None, "red")]
     batch = data.collate(rows, 4, "clip")
-    assert opened == ["red", "blue"] and batch.images.shape == (2, 3, 4, 4)
-    assert batch.image_index.tolist() == [0, 1, 0]
+    assert opened == ["red", "blue", "red"] and batch.images.shape == (3, 3, 4, 4)
     batch = data.collate(rows, 4, "clip", image_embeds=torch.zeros(3, 3, 8))
-    assert batch.images is None and len(opened) == 2
+    assert batch.images is None and len(opened) == 3
 
 
 def test_an_empty_response_is_dropped_and_counted():

@@ -15,15 +15,18 @@ import published
 import pytest
 import torch
 from conftest import (
+    N_CLS,
     ROOT,
     ROWS,
     TWO_PROCESSES,
+    close,
     hidden_of,
     make_batch,
     make_lavin,
     needs_caption_tools,
     one_line,
 )
+from PIL import Image
 
 import data
 import evaluate
@@ -98,7 +101,7 @@ def test_batches_mix_text_and_pictures_at_random(world):
     batches = [[examples[i].n_visual > 0 for i in steps.chosen(k)] for k in range(4 * steps.per_epoch)]
     assert np.mean([len(set(pictures)) == 2 for pictures in batches if len(pictures) == 8]) > 0.9
     batch, = steps[0][0]
-    assert set(batch.modality) == {0, 1} and len(batch.image_index) == sum(batches[0])
+    assert set(batch.modality) == {0, 1} and len(batch.images) == sum(batches[0])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -243,6 +246,24 @@ def test_a_complete_row_ends_and_the_others_stay_unchanged():
     answers = answering.generate(model, batch, 12, -1, complete, temperature=0.0)
     assert len(steps) == max(ends) - 1  # one step per token after the first, and not one more
     assert answers == [ids[:n] for ids, n in zip(whole, ends)]
+
+
+def test_a_picture_that_questions_share_is_encoded_once(tmp_path):
+    files = {color: tmp_path / f"{color}.png" for color in ("red", "blue")}
+    for color, file in files.items():
+        Image.new("RGB", (9, 9), color).save(file)
+    model, encoded = make_lavin(), []
+    questions = ("red", [5, 9]), ("", [4]), ("blue", [8]), ("red", [3])
+    rows = [data.Example(prompts.Sample("", "", "", files.get(color), {}), [1, 7], N_CLS * bool(color), ids,
+                         len(ids)) for color, ids in questions]
+    size = model.vit.cfg.image_size
+    each = data.collate(rows, size, model.cfg.normalize)
+    model.vit.register_forward_hook(lambda vit, args, X: encoded.append(len(X)))
+    batch = answering.collate(model, rows, size)
+    assert encoded == [2] and batch.images is None and len(batch.image_embeds) == len(each.images) == 3
+    with torch.no_grad():
+        assert close(torch.cat(model.embed(batch)), torch.cat(model.embed(each)))
+    assert answering.collate(model, rows[1:2], size).image_embeds is None and encoded == [2, 3]
 
 
 def test_stopping_at_the_letter_changes_no_score(world, folded):
