@@ -24,8 +24,10 @@ Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
 Why phi_u1 and phi_u2 become different, though both start at zero. A sample's gradient is scaled by w_0 for
-phi_u1 and by w_1 for phi_u2. Text and images have different w from the start, because E_m and f_w start at
-random. So the two drift apart. (In the ViT, w varies little between images, so the two drift apart less.)
+phi_u1 and by w_1 for phi_u2. If all samples had the same w, the two gradients would differ only by a factor,
+and AdamW, whose steps hardly depend on such a factor, would keep phi_u1 and phi_u2 equal. But text and images
+have different w from the start, because E_m and f_w start at random. (In the ViT, w varies little between
+images, so there the two stay similar.)
 
 Shapes: z is [images, T, d] in the ViT, and [rows, T, d] in LLaMA. In training, LLaMA has a single row, in
 which all samples lie end to end. T tokens, d width, r hidden units (8).

@@ -42,7 +42,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class LayerNorm(nn.LayerNorm):
-    """Under autocast, CUDA's LayerNorm returns fp32. The cast keeps the residual in bf16."""
+    """Under autocast, CUDA's LayerNorm returns fp32. We cast back, so that after ln_pre, x stays in bf16."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)

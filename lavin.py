@@ -176,17 +176,17 @@ class LaVIN(nn.Module):
         if longest >= context:  # released code: cuts the prompt silently
             raise ValueError(f"the prompt has {longest} tokens; the context holds {context}, answer included")
         limits = [min(max_new_tokens, context - n) for n in batch.lengths]  # tokens that each answer may have
-        random = torch.Generator().manual_seed(seed)
+        ended, random = [False] * len(limits), torch.Generator().manual_seed(seed)
         logits, cache, w = self.prefill(batch, max(limits))  # reads Z
         # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
         for s in range(1, max(limits) + 1):
             p = torch.softmax(logits, -1)  # factor s of the product, for every possible R_s: [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
-            limits = [0 if id == eos else limit for id, limit in zip(ids, limits)]
-            if s > max(limits):  # every answer has ended
+            ended = [e or id == eos or s > limit for e, id, limit in zip(ended, ids, limits)]
+            if all(ended):
                 return
-            yield [id if s <= limit else None for id, limit in zip(ids, limits)]
+            yield [None if e else id for e, id in zip(ended, ids)]
             logits = self.decode(w, R_s, cache)  # reads R_s
 
     def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
@@ -208,8 +208,8 @@ def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Genera
     p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
-    # one random number u for all rows (torch.multinomial would draw one for each). Take the first token whose
-    # cumulative p exceeds u times the total
+    # take the first token whose cumulative p exceeds u times the total. All rows share the random number u,
+    # so a row's answer does not depend on the other rows (torch.multinomial would draw one for each)
     u = torch.rand((), generator=random).item()
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]

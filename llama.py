@@ -5,8 +5,8 @@ There are three ways through the blocks. `forward` trains on packed sequences: a
 without padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence.
 The three differ only in the attention: each defines a function attend(layer, q, k, v), which Attention calls.
 
-Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G heads of keys and values (LLaMA-1: G = H;
-later, each serves H / G heads), S slots of a cache, M modality tokens, r hidden units of an adapter.
+Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G key/value heads (LLaMA-1: G = H; in later
+models, H / G heads of q share one), S slots of a cache, M modality tokens, r hidden units of an adapter.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ class KVCache:
         return self.lengths - 1
 
     def update(self, layer: int, seq: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
-        """Write k and v [tokens, G, D] of new tokens: of token i, into sequence seq[i], slot positions[i].
+        """Store k and v [tokens, G, D] of new tokens: token i goes to slot positions[i] of sequence seq[i].
         Return all filled slots, [B, filled, G, D]. `decode` masks the empty slots of shorter sequences."""
         cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
         cached_k[seq, positions], cached_v[seq, positions] = k, v  # writes into self.k and self.v
@@ -122,8 +122,7 @@ class Attention(nn.Module):
         return self.wo(y.reshape(B, T, C))
 
     def self_only(self, z):
-        """z [M, C]: tokens that see only themselves. The softmax of one score is 1, so attention gives v. In
-        LLaMA-1, this is wo(wv(z)). In later LLaMAs, each of the G heads of v is repeated for H / G heads."""
+        """z [M, C]: each token sees only itself. The softmax of one score is 1, so attention gives v."""
         v = self.wv(z).unflatten(1, (self.G, self.D)).repeat_interleave(self.H // self.G, dim=1)  # [M, H, D]
         return self.wo(v.flatten(1))
 
@@ -141,9 +140,10 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)).
-    For the backward pass, autograd keeps per token: x before each norm; q, k, v; the output of attention;
-    w1(x) and w3(x). Frozen matrices get no gradient, so autograd does not keep their inputs. Norms, adapter
-    and SwiGLU run again (`recomputed`). So do, in torch's kernel, the attention weights."""
+    For the backward pass, autograd keeps per token: x before each norm; q, k, v; the output of attention and,
+    for each head, the log-sum-exp of its scores, from which torch's kernel computes the attention weights
+    again; w1(x) and w3(x). Norms, adapter and SwiGLU run again (`recomputed`). Frozen matrices get no
+    gradient, so autograd does not keep their inputs."""
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
@@ -205,7 +205,8 @@ class LLaMA(nn.Module):
 
     def decode(self, x, w, cache: KVCache) -> torch.Tensor:
         """Read one more token of each sequence, x [B, 1, C] -> [B, 1, C]; w [layers, B, 1, 2]"""
-        seq, positions = torch.arange(len(x), device=x.device), cache.advance()  # [B] each
+        positions = cache.advance()  # of the new tokens, [B]
+        seq = torch.arange(len(x), device=x.device)  # [B]: one token of each sequence
         visible = torch.arange(cache.filled, device=x.device) <= positions[:, None]  # [B, filled]
         mask = visible[:, None, None] if len(x) > 1 else None  # a single sequence sees every filled slot
 
@@ -218,10 +219,9 @@ class LLaMA(nn.Module):
     def blocks(self, x, w, positions, attend, dropout_mask=None) -> torch.Tensor:
         rope = rope_table(positions, self.cfg)
         for i, block in enumerate(self.layers):
-            w_i = None if w is None else w[i]
-            dropout_mask_i = None if dropout_mask is None else dropout_mask[i]
+            w_i, mask_i = (None if x is None else x[i] for x in (w, dropout_mask))
             run = recomputed(block) if self.recompute_blocks else block
-            x = run(x, rope, attend, w_i, dropout_mask_i)
+            x = run(x, rope, attend, w_i, mask_i)
         return self.norm(x)
 
     @classmethod

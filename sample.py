@@ -109,9 +109,9 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # merge LLaMA's adapters into wq, wk and wv, with adapters.fold: a token then costs less, and the answers
-    # stay the same up to rounding. A chat may show an image later, so for a chat, the model keeps the merged
-    # matrices of both modalities. With --bits 4, nothing is merged
+    # a LaVIN with the same answers, up to rounding: LLaMA's adapters are merged into wq, wk and wv (by
+    # adapters.fold), so its blocks have no adapters and need no w. For a chat, it has merged matrices for
+    # text and for images, and each turn uses those of its modality. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

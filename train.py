@@ -40,7 +40,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # each line is a flag: its name, type, default, and help text, which may end with the allowed range
+    # cli.py makes a flag of each line: name, type, default, help text, and at its end the allowed range
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -51,7 +51,7 @@ class Config:
     vision: bool = True  # --no-vision: text only, without image encoder
     vit_adapters: bool = True  # adapters in the image encoder too ("joint optimisation")
     adapter: str = "mm"  # in LLaMA: mm (with router) or rep (plain RepAdapter)
-    adapter_dim: int = 8  # r, the number of hidden units of an adapter; even [2, 16382]
+    adapter_dim: int = 8  # r, the number of hidden units of an adapter; even [2, 1024]
     scale: float = 1.0  # s of Eq. (2), which scales the adapters' output (0, 1000000]
     tau: float = 10.0  # temperature of the softmax of Eq. (3); the paper: 10 for 7B, 5 for 13B (0, 1000000]
     dropout: float = 0.0  # share of an adapter's hidden units that is dropped [0, 1)
@@ -104,7 +104,7 @@ def schedule(step: int, warmup: int, total: int) -> float:
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
         # a batch without images gives the ViT's adapters no gradient. It must be zero then, not None: the sum
-        # over ranks needs a tensor from each, and if it is None, AdamW leaves p as it is
+        # over ranks needs a tensor from each, and for None, AdamW would skip momentum and weight decay
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -121,8 +121,8 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     """A LaVIN with untrained adapters, and its tokenizer."""
-    # after_read(module) is called once a module's weights are read. It spreads the module over the GPUs
-    # (--shard), or compresses it (--bits 4); without these flags it is None
+    # from_pretrained calls after_read(module) for each module once its weights are read. The flag --shard
+    # spreads the module over the GPUs, --bits 4 compresses it; without these flags, after_read is None
     after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
     llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
     llama.recompute_blocks = cfg.recompute_blocks
@@ -142,7 +142,8 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 def prepare(cfg: Config, device, dtype, say=cli.say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
     """Model, tokenizer, training batches, and the problems that are answered after training."""
     sources = list(prompts.mixture(cfg.data))  # the data sets that --data names
-    read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)  # a list of Samples
+    # a list of Samples; without cfg.vision, the problems stay, but their images are left out
+    read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
     samples_of = [read(source, "train") for source in sources]
     # after training, the model answers the test problems of the first data set in ScienceQA's layout, if any
     test_source = next((source for source in sources if source.kind == "scienceqa"), None)
@@ -172,8 +173,7 @@ def loader_of(dataset: data.Steps, first: int, stop: int, workers: int, device: 
 
 
 def summary(cfg: Config, theta_a: dict, per_epoch: int, total: int, warmup: int) -> str:
-    """What a run prints before it starts. For a batch of 32 on 4 GPUs, this has the words
-    "2 micro-batches x 4 processes x 4 samples = 32 samples a step"."""
+    """What a run prints before it starts, such as "2 micro-batches x 4 processes x 4 samples = 32 .."."""
     ranks, n_trained = cli.processes()[1], sum(p.numel() for p in theta_a.values())
     per_rank = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
     return (f"{n_trained:,} trainable parameters; {total} steps, {per_epoch} an epoch, {warmup} for warm-up; "

@@ -52,8 +52,8 @@ batch, right_batch, wrong_batch = (collate([e], 64, "clip") for e in (asked, rig
 picture, exchanged = batch.images[0], batch.images[0].flip(0)  # [3 = R G B, 64, 64]; red and blue exchanged
 naive_asked, naive_right, naive_wrong, naive_text = (  # each: Z with t_m, w of all layers, log_p of R_s
     naive.run(weights, model, e, picture) for e in (asked, right, wrong, text))
-print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nEach tensor [axis=size, ..] is computed here and by "
-      "tests/naive.py, plain numpy\nwith t_m in the sequence. We print the first four entries of both.")
+print(f"The prompt for tiny/demo.png:\n\n{prompt}\n\nEach tensor [axis=size, ..] is computed twice: "
+      "by this code,\nand by tests/naive.py, plain numpy with t_m in the sequence. We show four entries.")
 
 # %% Eq. (1): t_m = m E_m. m is one-hot, so t_m is the row of E_m for text or the row for an image.
 equation(1, "the modality token", LaVIN.modality_tokens)
@@ -61,7 +61,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("`mixed` is Eq. (3). Z is what the norm hands to the attention, which now reads Z'. In layer 0:")
+print("`mixed` is Eq. (3). Z is the norm's output; instead of it, the attention reads Z'. In layer 0:")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -90,8 +90,8 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, also=("for step", "for batch", "L = ", ").backward", "r.step"))
-print("One gradient as a check: of phi_d.bias in the ViT's block 0. From L, it comes through both models.\n"
-      "If e is added to the whole bias, dL/de is the sum of bias.grad. naive.py takes a finite difference.\n"
+print("We check one gradient: that of phi_d.bias in the ViT's block 0, behind LLaMA, neck and ViT. If e is\n"
+      "added to each entry, dL/de is the sum of phi_d.bias.grad. naive.py takes a finite difference.\n"
       "R is the wrong 'The answer is B.', because for the right R, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
