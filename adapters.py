@@ -12,13 +12,14 @@ Why a modality token. One LLM has to serve text alone and text with an image, an
 adaptation. A token t_m says which of the two the input is. It acts only through routing: in every layer, f_w
 reads the hidden state of t_m and gives w_0 and w_1, the weights of the adapters f_a1 and f_a2.
 
-Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But in the authors' code, t_m
+Why LLaMA's routing weights are constants. The paper calls the routing dynamic. But t_m stands first, so it
 attends only to itself. So its state depends only on the modality, and each layer of a trained model has one
-pair (w_0, w_1) for text and one for images. And no other token attends to t_m. So t_m need not stand in the
-sequence: it runs through LLaMA on its own (`llama.Block.route`). (All positions then move by one, but LLaMA's
-attention depends only on their differences.) An adapter, which has no activation, is one affine map per
-modality, so it can be merged (`fold`) into wq, wk and wv. The ViT has no t_m: f_w reads the image's [cls],
-which from block 1 on has attended to the patches. So there, w depends on the image.
+pair (w_0, w_1) for text and one for images. And in the authors' code, a mask hides t_m from all other tokens.
+So t_m need not stand in the sequence: it runs through LLaMA on its own (`llama.Block.route`). (All positions
+then move by one, but LLaMA's attention depends only on their differences.) An adapter, which has no
+activation, is one affine map per modality, so it can be merged (`fold`) into wq, wk and wv. The ViT has no
+t_m: f_w reads the image's [cls], which from block 1 on has attended to the patches. So there, w depends on
+the image.
 
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
@@ -26,8 +27,8 @@ phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through p
 Why phi_u1 and phi_u2 become different, though both start at zero. A sample's gradient is scaled by w_0 for
 phi_u1 and by w_1 for phi_u2. If all samples had the same w, the two gradients would differ only by a factor,
 and AdamW, whose steps hardly depend on such a factor, would keep phi_u1 and phi_u2 equal. But text and images
-have different w from the start, because E_m and f_w start at random. (In the ViT, w varies little between
-images, so there the two stay similar.)
+have different w from the start, because E_m and f_w start at random. So the gradients mix text and images in
+different proportions. (In the ViT, w varies little between images, so there phi_u1 and phi_u2 stay similar.)
 
 Shapes: z is [images, T, d] in the ViT, and [rows, T, d] in LLaMA. In training, LLaMA has a single row, in
 which all samples lie end to end. T tokens, d width, r hidden units (8).
@@ -112,7 +113,7 @@ class MMAdapter(nn.Module):
         self.cfg, r = cfg, cfg.dim
         self.phi_d = xavier(nn.Linear(d, r))
         self.phi_u1, self.phi_u2 = GroupedLinear(r, d), GroupedLinear(r, d)
-        self.f_w = RoutingFunction(d, cfg.tau)  # the caller computes w: llama.Block.route, clip.Block
+        self.f_w = RoutingFunction(d, cfg.tau)  # called by llama.Block.route and clip.Block
 
     def forward(self, z: torch.Tensor, w: torch.Tensor, dropout_mask=None) -> torch.Tensor:
         """z [.., T, d] -> z' [.., T, d]. w = f_w(t_m): a pair for each token, [.., T, 2], since samples of

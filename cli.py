@@ -147,9 +147,14 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_main() -> bool:
+    """True on rank 0, the one that prints and writes files."""
+    return processes()[0] == 0
+
+
 def say(text: str) -> None:
-    """Print on stderr, on the first of the processes only."""
-    if processes()[0] == 0:
+    """Print on stderr, on rank 0."""
+    if is_main():
         print(text, file=sys.stderr)
 
 

@@ -42,7 +42,8 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class LayerNorm(nn.LayerNorm):
-    """Under autocast, CUDA's LayerNorm returns fp32. We cast back, so that after ln_pre, x stays in bf16."""
+    """Under autocast, CUDA's LayerNorm returns fp32. ln_pre's output is the residual x, so without the cast,
+    x would be fp32 in all blocks."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)
@@ -80,8 +81,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
-    For the backward pass, autograd keeps for each token: x before each of the two norms; q, k, v; the output
-    of attention and the log-sum-exp of each head's scores (see llama.Block); c_fc(x). The rest is recomputed.
+    For the backward pass, autograd keeps of each token: x before each norm; q, k, v; the output of attention;
+    c_fc(x); and a number per head, the log-sum-exp of its scores (see llama.Block). The rest is recomputed.
     """
 
     def __init__(self, cfg: CLIPConfig):
@@ -99,8 +100,9 @@ class Block(nn.Module):
 
         In the released code, f_w reads z[:, 0], and z is [T, N, C] there. So z[:, 0] is not the [cls] token,
         but all tokens of the batch's first image: token i of every image is routed by token i of the first.
-        The authors' adapters were trained with this. Their files are read with vit_routing "token": each
-        token's own state routes it, which is what the released code does if a batch has a single image.
+        The authors' adapters were trained with this. If we did the same, an answer would depend on the other
+        images of the batch. So with their files, vit_routing is "token": each token is routed by its own
+        state, as in the released code when a batch has a single image.
         """
         z = self.ln_1(x)
         if self.adapter_attn is None:

@@ -31,7 +31,7 @@ class Example:
     sample: Sample  # of prompts.py: id, prompt, response, image (path or None), problem (for scoring)
     head: list[int]
     n_visual: int
-    rest: list[int] | np.ndarray
+    rest: list[int] | np.ndarray  # encode_all makes it an array, which takes less memory
     n_prompt: int  # how many ids of `rest` are prompt
 
     @property
@@ -87,7 +87,7 @@ class Batch(NamedTuple):
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W]; N: samples with an image
-    image_embeds: torch.Tensor | None = None  # X' [N, n_visual, C], if it is known already; then no images
+    image_embeds: torch.Tensor | None = None  # X' [N, n_visual, C], if an earlier turn of a chat computed it
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
     vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, N, ViT tokens, r]
 

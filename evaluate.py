@@ -205,7 +205,7 @@ def main() -> None:
         raise ValueError(f"unknown command {name!r}; {scores.did_you_mean(name, COMMANDS)}")
     config, command = COMMANDS[name]
     cfg = cli.parse(config, argv=argv)
-    if cfg.data == ScienceQA.data and cli.processes()[0] == 0:
+    if cfg.data == ScienceQA.data and cli.is_main():
         from tiny import world
         world.ensure(cfg.data)
     with cli.process_group("gloo", timeout=timedelta(days=1)):  # all wait for the slowest

@@ -54,8 +54,8 @@ class Neck(nn.Module):
 
 def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     """hidden [targets, C]: the output of LLaMA's last norm, at the positions whose next token is a target.
-    W [V, C]: LLaMA's output matrix. R [targets]: ids of the targets R_s^i, EOS included: all s of one sample,
-    then all s of the next. Returns L, fp32."""
+    W [V, C]: LLaMA's output matrix. R [targets]: ids of the targets R_s^i, for all s of sample 1, then of
+    sample 2, and so on. Each sample's last target is EOS. Returns L, fp32."""
     log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V], for each possible token
     log_p_R = log_p.gather(1, R[:, None])  # [targets, 1], log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
     return -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
@@ -97,13 +97,13 @@ class LaVIN(nn.Module):
         return t_m.to(self.llama.norm.weight.dtype)
 
     def routing_weights(self) -> torch.Tensor | None:
-        """w [layers, 2, 2]: each layer's weights for TEXT and for IMAGE. None without routers."""
+        """w [layers, modality, 2]: each layer's w_0 and w_1, for TEXT and for IMAGE. None without routers."""
         if self.cfg.adapter.kind != "mm":
             return None
-        t, w = self.modality_tokens(), []
-        for block in self.llama.layers:  # the modality tokens run through LLaMA on their own
+        t, w = self.modality_tokens()[:, None], []  # two sequences of one token each, [2, 1, C]
+        for block in self.llama.layers:
             w_of_layer, t = block.route(t)
-            w.append(w_of_layer)
+            w.append(w_of_layer[:, 0])
         return torch.stack(w)
 
     def encode_images(self, batch: Batch) -> torch.Tensor | list:
@@ -118,7 +118,7 @@ class LaVIN(nn.Module):
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]. t_m is not in it: no other token sees t_m, which acts only through the
         routing weights. X' stands between Y_head = [BOS] "Image: " and Y_rest, as in the released code. In
-        training, Y_rest ends with R: attention is causal, so one pass gives all terms of Eq. (5)."""
+        training, Y_rest ends with R, too: attention is causal, so one pass gives all terms of Eq. (5)."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # Y_head, Y_rest, Y_head, ..
         X_primes = iter(self.encode_images(batch))  # [n, C] each
         inputs = []
@@ -145,9 +145,9 @@ class LaVIN(nn.Module):
         return self.llama(x, w, batch.lengths, batch.llama_dropout_mask)[0, batch.predict_at]
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """L of a micro-batch. train.py divides it by the number of targets in the global batch, so the update
-        does not depend on how the batch is split. The released code averages the means of micro-batches, so
-        there the update depends on the split."""
+        """L of a micro-batch; to be called under autocast(). train.py divides it by the number of targets in
+        the global batch, so the update does not depend on how the batch is split. The released code averages
+        the means of micro-batches, so there the update depends on the split."""
         return self.loss(self.hidden(batch), self.llama.output.weight, batch.targets)
 
     def prefill(self, batch: Batch, room: int) -> tuple[torch.Tensor, KVCache, torch.Tensor | None]:
@@ -158,7 +158,7 @@ class LaVIN(nn.Module):
             cache = KVCache(self.llama.cfg, batch.lengths, room, self.device, x.dtype)
             last = cache.lengths.cumsum(0) - 1  # where each prompt ends in x, [B]
             h = self.llama.prefill(x, w, batch.lengths, cache)[0, last]  # [B, C]
-            w = None if w is None else w[:, 0, last].unsqueeze(2)  # one pair per prompt: its tokens share it
+            w = None if w is None else w[:, 0, last].unsqueeze(2)  # all tokens of a prompt have the same w
             return self.llama.output(h).float(), cache, w
 
     def decode(self, w: torch.Tensor | None, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -178,6 +178,7 @@ class LaVIN(nn.Module):
         limits = [min(max_new_tokens, context - n) for n in batch.lengths]  # tokens that each answer may have
         ended, random = [False] * len(limits), torch.Generator().manual_seed(seed)
         logits, cache, w = self.prefill(batch, max(limits))  # reads Z
+        # R_{0:s-1} are the tokens before R_s
         # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
         for s in range(1, max(limits) + 1):
             p = torch.softmax(logits, -1)  # factor s of the product, for every possible R_s: [B, V]
@@ -208,8 +209,8 @@ def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Genera
     p, order = torch.softmax(p.log() / temperature, -1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
-    # take the first token whose cumulative p exceeds u times the total. All rows share the random number u,
-    # so a row's answer does not depend on the other rows (torch.multinomial would draw one for each)
+    # inverse transform sampling: take the first token whose cumulative p exceeds u times the total. All rows
+    # have the same random number u, so a row draws the same token alone and in any batch
     u = torch.rand((), generator=random).item()
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]

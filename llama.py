@@ -1,9 +1,10 @@
 """LLaMA (https://arxiv.org/abs/2302.13971): the frozen language model and its key/value cache.
 weights.py reads official weights, in Meta's layout or Hugging Face's. Parameters have Meta's names.
 
-There are three ways through the blocks. `forward` trains on packed sequences: all lie end to end in one row,
-without padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence.
-The three differ only in the attention: each defines a function attend(layer, q, k, v), which Attention calls.
+Sequences go through the blocks in three ways. `forward` trains on packed sequences: all lie end to end in one
+row, without padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each
+sequence. The three differ only in the attention: each defines a function attend(layer, q, k, v), which
+Attention calls. So does `Block.route`, the way of the modality tokens.
 
 Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G key/value heads (LLaMA-1: G = H; in later
 models, H / G heads of q share one), S slots of a cache, M modality tokens, r hidden units of an adapter.
@@ -31,7 +32,7 @@ class LLaMAConfig:
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
     n_kv_heads: int | None = None  # G, the heads of keys and values; None: n_heads, as in LLaMA-1
-    rope_scaling: dict | None = None  # from LLaMA-3.1 on: rotary embedding rotates more slowly
+    rope_scaling: dict | None = None  # from LLaMA-3.1 on: some pairs of units rotate more slowly
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -58,8 +59,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
-    """Rotary embedding, LLaMA's positions: at position p, it rotates the j-th pair of units of q and k by the
-    angle p freq_j, so q k depends only on the distance. positions [.., T] -> e^(i angle), [.., T, 1, D/2]"""
+    """Rotary embedding: at position p, the j-th pair of units of q and of k is rotated by the angle p freq_j.
+    So q k depends only on the distance of the two. positions [.., T] -> e^(i angle), [.., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
     angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged before LLaMA-3.1
@@ -86,10 +87,11 @@ def packed_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of all tokens read so far. There is room for the prompts and `room` more tokens."""
+    """Keys and values of all tokens read so far. There is room for the prompts and `room` more tokens. In
+    memory, the keys of one head lie side by side, as attention reads them: [B, G, S, D]."""
 
     def __init__(self, cfg: LLaMAConfig, lengths: list[int], room: int, device=None, dtype=None):
-        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads  # [B, G, S, D]
+        shape = len(lengths), cfg.n_kv_heads, max(lengths) + room, cfg.dim // cfg.n_heads
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.tensor(lengths, device=device)  # tokens of each sequence
@@ -103,16 +105,16 @@ class KVCache:
     def update(self, layer: int, seq: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k and v [tokens, G, D] of new tokens: token i goes to slot positions[i] of sequence seq[i].
         Return all filled slots, [B, filled, G, D]. `decode` masks the empty slots of shorter sequences."""
-        cached_k, cached_v = (x[layer].transpose(1, 2) for x in (self.k, self.v))  # views, [B, S, G, D]
-        cached_k[seq, positions], cached_v[seq, positions] = k, v  # writes into self.k and self.v
-        return cached_k[:, :self.filled], cached_v[:, :self.filled]
+        self.k[layer][seq, :, positions] = k
+        self.v[layer][seq, :, positions] = v
+        return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
-        self.layer, self.H, self.G, self.D = layer, cfg.n_heads, cfg.n_kv_heads, cfg.dim // cfg.n_heads
-        C, C_kv = cfg.dim, self.G * self.D
+        self.layer, self.D = layer, cfg.dim // cfg.n_heads
+        C, C_kv = cfg.dim, cfg.n_kv_heads * self.D
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, out, bias=False) for out in (C, C_kv, C_kv, C))
 
     def forward(self, z, rope, attend):
@@ -120,11 +122,6 @@ class Attention(nn.Module):
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
         y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # see LLaMA.forward, prefill and decode
         return self.wo(y.reshape(B, T, C))
-
-    def self_only(self, z):
-        """z [M, C]: each token sees only itself. The softmax of one score is 1, so attention gives v."""
-        v = self.wv(z).unflatten(1, (self.G, self.D)).repeat_interleave(self.H // self.G, dim=1)  # [M, H, D]
-        return self.wo(v.flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -140,10 +137,10 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)).
-    For the backward pass, autograd keeps per token: x before each norm; q, k, v; the output of attention and,
-    for each head, the log-sum-exp of its scores, from which torch's kernel computes the attention weights
-    again; w1(x) and w3(x). Norms, adapter and SwiGLU run again (`recomputed`). Frozen matrices get no
-    gradient, so autograd does not keep their inputs."""
+    For the backward pass, autograd keeps of each token: x before each norm; q, k, v; the output of attention;
+    w1(x) and w3(x); and a number per head, the log-sum-exp of its scores. From q, k and these numbers,
+    torch's kernel computes the attention weights again. Norms, adapter and SwiGLU run again, too
+    (`recomputed`). Frozen matrices get no gradient, so autograd does not keep their inputs."""
 
     def __init__(self, cfg: LLaMAConfig, layer: int):
         super().__init__()
@@ -167,11 +164,11 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_input(x))
 
     def route(self, t):
-        """Modality tokens t [M, C] -> this layer's routing weights [M, 2], and t for the next layer."""
-        z = self.attention_norm(t)
-        w = self.adapter_attn.f_w(z)
-        t = t + self.attention.self_only(self.adapter_attn(z, w))  # the released code has dropout here, too
-        return w, t + self.feed_forward(self.ffn_norm(t))
+        """Modality tokens t [M, 1, C], each a sequence of its own, at position 0, where rope is 1 -> this
+        layer's routing weights w [M, 1, 2], and t for the next layer."""
+        w = self.adapter_attn.f_w(self.attention_norm(t))
+        attend = lambda layer, q, k, v: dot_product_attention(q, k, v)
+        return w, self.forward(t, 1, attend, w)  # in the released code, dropout acts here, too
 
 
 class LLaMA(nn.Module):
@@ -195,7 +192,7 @@ class LLaMA(nn.Module):
     def prefill(self, x, w, lengths: list[int], cache: KVCache) -> torch.Tensor:
         """Read packed prompts, x [1, T, C], into a new cache -> [1, T, C]"""
         positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])  # [T]
-        seq = torch.arange(len(lengths), device=x.device).repeat_interleave(cache.lengths)  # [T]: 0 0 0 1 ..
+        seq = torch.cat([torch.full([n], i, device=x.device) for i, n in enumerate(lengths)])  # 0 0 0 1 ..
 
         def attend(layer, q, k, v):
             cache.update(layer, seq, positions, k[0], v[0])
@@ -219,7 +216,8 @@ class LLaMA(nn.Module):
     def blocks(self, x, w, positions, attend, dropout_mask=None) -> torch.Tensor:
         rope = rope_table(positions, self.cfg)
         for i, block in enumerate(self.layers):
-            w_i, mask_i = (None if x is None else x[i] for x in (w, dropout_mask))
+            w_i = None if w is None else w[i]
+            mask_i = None if dropout_mask is None else dropout_mask[i]
             run = recomputed(block) if self.recompute_blocks else block
             x = run(x, rope, attend, w_i, mask_i)
         return self.norm(x)

@@ -56,7 +56,7 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     max_new_tokens = cfg.max_new_tokens or conversation.meta["max_new_tokens"]
     batch = conversation.batch(prompt, cfg.context, max_new_tokens)  # head, X', earlier turns, prompt
     tokens = model.stream(batch, max_new_tokens, eos, cfg.temperature, cfg.top_p, cfg.seed)  # Eq. (8)
-    timed_tokens = Meter(model, batch.lengths[0], tokens)  # passes them on, and measures the time of each
+    timed_tokens = Meter(model, batch.lengths[0], tokens)  # passes them on, and measures their times
     try:
         for text in conversation.to_text(timed_tokens):  # decodes the tokens, and keeps them as a turn
             print(text, end="", flush=True)
@@ -109,9 +109,10 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # a LaVIN with the same answers, up to rounding: LLaMA's adapters are merged into wq, wk and wv (by
-    # adapters.fold), so its blocks have no adapters and need no w. For a chat, it has merged matrices for
-    # text and for images, and each turn uses those of its modality. With --bits 4, nothing is merged
+    # fold_adapters returns a subclass of LaVIN (FoldedLaVIN in speed/step.py) with the same answers, up to
+    # rounding. Its blocks have no adapters; wq, wk and wv hold W' and b' of adapters.fold instead. So its
+    # routing_weights() returns None. For a chat, it has W' and b' for text and for images, and its pack()
+    # puts those of the prompt's modality into the blocks. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

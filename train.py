@@ -40,7 +40,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py makes a flag of each line: name, type, default, help text, and at its end the allowed range
+    # cli.py turns each line into a flag: the comment is its help text, brackets at its end the allowed range
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -95,7 +95,7 @@ RECIPES = {"tiny": {}, "paper": dict(
 
 
 def schedule(step: int, warmup: int, total: int) -> float:
-    """The learning rate as a fraction of its peak: linear up, then a cosine down to 0."""
+    """The learning rate as a fraction of its peak: up in `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
         return (step + 1) / warmup  # released code: step / warmup, so its first update is lost
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -139,19 +139,22 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     return model.to(device), tokenizer
 
 
+def read_data(cfg: Config) -> tuple[dict, list]:
+    """{data set: its training samples} for each data set of --data; and the test problems of the first one in
+    ScienceQA's layout, to be answered after training. --no-vision keeps all samples, but not their images."""
+    read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
+    training = {source: read(source, "train") for source in prompts.mixture(cfg.data)}
+    scienceqa = [source for source in training if source.kind == "scienceqa"]
+    return training, read(scienceqa[0], cfg.split) if scienceqa and cfg.split else []
+
+
 def prepare(cfg: Config, device, dtype, say=cli.say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
     """Model, tokenizer, training batches, and the problems that are answered after training."""
-    sources = list(prompts.mixture(cfg.data))  # the data sets that --data names
-    # a list of Samples; without cfg.vision, the problems stay, but their images are left out
-    read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
-    samples_of = [read(source, "train") for source in sources]
-    # after training, the model answers the test problems of the first data set in ScienceQA's layout, if any
-    test_source = next((source for source in sources if source.kind == "scienceqa"), None)
-    test_problems = read(test_source, cfg.split) if test_source and cfg.split else []
+    training, test_problems = read_data(cfg)
     model, tokenizer = build(cfg, device, dtype)
     n_visual, image_size = (model.vit.n_visual, model.vit.cfg.image_size) if model.vit else (0, 0)
     examples = []
-    for source, samples in zip(sources, samples_of):
+    for source, samples in training.items():
         kept, count = data.encode_all(samples, tokenizer, n_visual, cfg.max_len)
         say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept
@@ -169,12 +172,14 @@ def loader_of(dataset: data.Steps, first: int, stop: int, workers: int, device: 
     """dataset[first], .., dataset[stop - 1]. On a GPU, other processes make them while the GPU computes."""
     cuda = device.type == "cuda"
     workers = workers if workers >= 0 else 4 * cuda
-    return DataLoader(dataset, None, sampler=range(first, stop), num_workers=workers, pin_memory=cuda)
+    return DataLoader(dataset, batch_size=None, sampler=range(first, stop), num_workers=workers,
+                      pin_memory=cuda)
 
 
 def summary(cfg: Config, theta_a: dict, per_epoch: int, total: int, warmup: int) -> str:
     """What a run prints before it starts, such as "2 micro-batches x 4 processes x 4 samples = 32 .."."""
-    ranks, n_trained = cli.processes()[1], sum(p.numel() for p in theta_a.values())
+    _, ranks = cli.processes()
+    n_trained = sum(p.numel() for p in theta_a.values())
     per_rank = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
     return (f"{n_trained:,} trainable parameters; {total} steps, {per_epoch} an epoch, {warmup} for warm-up; "
             f"{per_rank} micro-batches x {ranks} processes x {cfg.batch_size / per_rank / ranks:g} samples = "
@@ -183,8 +188,8 @@ def summary(cfg: Config, theta_a: dict, per_epoch: int, total: int, warmup: int)
 
 
 def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
-    rank, ranks = cli.processes()
-    out = lock_folder(cfg.out, "train.lock") if rank == 0 else Path(cfg.out)  # one run at a time in a folder
+    _, ranks = cli.processes()
+    out = lock_folder(cfg.out, "train.lock") if cli.is_main() else Path(cfg.out)  # one run at a time in out
     model, tokenizer, dataset, test_problems = prepare(cfg, device, dtype)
     theta_a = trainable(model)
     optimizer = optimizer_for(theta_a, cfg)
@@ -215,7 +220,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         optimizer.step()  # moves theta_a towards theta_a*
         record.step(step, loss, norm)
 
-    if rank == 0:
+    if cli.is_main():
         model.save(out / "adapters.safetensors", format=cfg.format, captions=cfg.captions,
                    max_new_tokens=cfg.max_new_tokens, train=asdict(cfg))
         cli.say(f"wrote {out / 'adapters.safetensors'} and {chart.curve(out / 'log.jsonl')}")
@@ -234,10 +239,10 @@ def main() -> None:
     if cfg.dry_run:
         return print(price.quote(cfg))  # the predicted memory and time
     device, dtype = cli.pick_device(cfg.device, cfg.dtype)
-    if cli.processes()[0] == 0 and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
+    if cli.is_main() and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # begins when all ranks are here
         train(cfg, device, dtype)
 
 

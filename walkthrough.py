@@ -19,14 +19,13 @@ from tests import naive
 
 
 # %% Two helpers: show the code of an equation, compare two values
-def equation(n: int, title: str, *functions, also: tuple = ()) -> None:
-    """Of each function, print the line tagged Eq. (n), and the lines that contain a string of `also`."""
+def equation(n: int, title: str, *functions, first: str = "", last: str = "") -> None:
+    """Of each function, print the line tagged Eq. (n), and all lines from `first` or to `last`."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
-        lines = inspect.getsource(f).splitlines()
-        shown = [k for k, line in enumerate(lines) if any(s in line for s in (f"# Eq. ({n}):", *also))]
-        code = textwrap.dedent("\n".join(lines[k] for k in shown)).splitlines()
-        code = ["..\n    " * (k > shown[0] and k - 1 not in shown) + line for k, line in zip(shown, code)]
+        lines, tag = inspect.getsource(f).splitlines(), f"# Eq. ({n}):"
+        start, end = (next(k for k, line in enumerate(lines) if (x or tag) in line) for x in (first, last))
+        code = textwrap.dedent("\n".join(lines[start:end + 1])).splitlines()
         print(f"in {f.__qualname__}:", *code, sep="\n    ")
 
 def check(what: str, axes: str, here, there, source: str = "naive.py") -> None:
@@ -61,7 +60,7 @@ check("t_m", "modality C", model.modality_tokens(), np.stack([naive_text.Z[0], n
 
 # %% Eq. (2): Z' = Z + s router(f_a1(Z), f_a2(Z); f_w(t_m)), f_a1(Z) = phi_u1(phi_d(Z))
 equation(2, "the MM-Adapter", MMAdapter.forward)
-print("`mixed` is Eq. (3). Z is the norm's output; instead of it, the attention reads Z'. In layer 0:")
+print("`mixed` is Eq. (3). Here, Z is the output of layer 0's norm. The attention reads Z' in its place.")
 layer, w = model.llama.layers[0], model.routing_weights()  # w [layer, modality, (w_0, w_1)]
 Z = layer.attention_norm(model.embed(batch)[0])  # [T, C]
 p = naive.sub(weights, "llama.layers.0.adapter_attn.")  # the parameters below this name
@@ -76,8 +75,9 @@ print("New adapters (phi_u = 0) change no bit of LLaMA or ViT outputs:", all(map
 # %% Eq. (3): w = f_w(t_m) = softmax((t_m W_m + b_m) / tau), router(..) = w_0 f_a1(Z) + w_1 f_a2(Z)
 equation(3, "the router", RoutingFunction.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
-print("By hand: if t_m W_m + b_m = (1, 0), then w = {} at tau = 10, and {} at tau = 1.".format(
-    *naive.softmax(np.array([[0.1, 0], [1, 0]])).round(3)))
+by_hand, logit = naive.softmax(np.array([1, 0]) / 10), 10 * torch.log(w[0, 0, 0] / w[0, 0, 1])
+print(f"By hand, with tau = 10: if t_m W_m + b_m is (1, 0), w is {by_hand.round(3)}. In layer 0, for text,\n"
+      f"the two entries of t_m W_m + b_m differ by {logit:.1f}, not by 1.")
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
 w_vit = []  # of each block, w_0 of both images
@@ -89,9 +89,9 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
       *(f"    block {i}: demo {a:.3f}, exchanged {b:.3f}" for i, (a, b) in enumerate(w_vit)), sep="\n")
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
-equation(4, "training", train.train, also=("for step", "for batch", "L = ", ").backward", "r.step"))
-print("We check one gradient: that of phi_d.bias in the ViT's block 0, behind LLaMA, neck and ViT. If e is\n"
-      "added to each entry, dL/de is the sum of phi_d.bias.grad. naive.py takes a finite difference.\n"
+equation(4, "training", train.train, last="optimizer.step()")
+print("As a check, one gradient: of phi_d.bias in the ViT's block 0, which backward() reaches last. Add e\n"
+      "to all its entries; then dL/de is the sum of phi_d.bias.grad. naive.py takes a finite difference.\n"
       "R is the wrong 'The answer is B.', because for the right R, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
@@ -107,17 +107,17 @@ print(f"LaVIN-7B trains 32 x {count(a)} (LLaMA) + 24 x {count(a_vit)} (ViT) + "
       f"{count(big.adapter_proj)} (neck) + {count(big.adapter_modality_embedding)} (E_m) = {count(big)}.")
 
 # %% Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a), one sample at a time
-equation(5, "L of two responses; W is LLaMA's output matrix", lavin.negative_log_likelihood, also=("log_p",))
+equation(5, "L of two responses; W is LLaMA's output matrix", lavin.negative_log_likelihood, first="log_p =")
 print(f"1: {RED}\n2: The answer is B.")
 here, there = [model(right_batch), model(wrong_batch)], [-x.log_p.sum() for x in (naive_right, naive_wrong)]
 check("L", "response", here, there)
 
 # %% Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
-equation(6, "the visual neck", Neck.forward)  # adapter_proj is its name in released files
+equation(6, "the visual neck", Neck.forward)
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input; Y_head is [BOS] 'Image: '", LaVIN.embed, also=("Z = torch",))
+equation(7, "the input; Y_head is [BOS] 'Image: '", LaVIN.embed, first="if modality", last="Z = [t_m, Y]")
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):
@@ -125,7 +125,7 @@ for what, e in ("image", asked), ("text", text):
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation; below, p of each R_s", LaVIN.stream, also=("for s", " p = ", "R_s =", ".decode"))
+equation(8, "generation; below, p of each R_s", LaVIN.stream, last=".decode(")
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
@@ -142,7 +142,7 @@ names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visua
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\nFor demo.png, the model predicts 'red' after 'On the left is a big'. In the last layer, 'big'\n"
-      "attends mostly to X'_4, the visual token from the ViT's block 3. (X'_1 is from block 0.)\n"
+      "attends mostly to X'_4. (The tiny ViT gives X'_1 to X'_6 after its blocks 0 to 5.)\n"
       "Attention weights above 0.01, averaged over the heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nAn adapter of LLaMA is an affine map, so it merges into wq, wk and wv. q of layer 0 is the same:")

@@ -220,7 +220,7 @@ def ask(cfg, samples: list[Sample], out: str, metadata: dict, until: re.Pattern 
     prompts.check_pictures(samples)
     sampling = dict(max_new_tokens=cfg.max_new_tokens or metadata["max_new_tokens"],
                     temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
-    work = partial(answer, **sampling, batch_size=cfg.batch_size, progress=cli.processes()[0] == 0,
+    work = partial(answer, **sampling, batch_size=cfg.batch_size, progress=cli.is_main(),
                    until=until)
     return predict(cfg, samples, out, {**run, **sampling}, work)
 

@@ -34,8 +34,8 @@ class Conversation:
         """Put the user's words into the prompt format of the training; "(A) .. (B) .." are options."""
         if not text.strip():
             raise ValueError('the prompt is empty; give --prompt "your question"')
-        # adapters that were trained only on instructions expect "Instruction: .. Response:", all others (and
-        # those of the authors) "Question: .. Context: .. Options: .. Response:"
+        # adapters that were trained on other data than ScienceQA's expect "Instruction: .. Response:". All
+        # others, and the authors' (their files do not name the data), expect "Question: .. Response:"
         trained_on = self.meta.get("train", {}).get("data", "")
         if trained_on and all(source.kind != "scienceqa" for source in prompts.mixture(trained_on)):
             return prompts.instruct(text.strip(), context)

@@ -79,9 +79,9 @@ class Record:
 
     def __init__(self, cfg, dtype: torch.dtype, model: LaVIN, optimizer: torch.optim.Optimizer,
                  dataset: Steps, stop: int):
-        """cfg: train.Config; stop: number of steps of the whole run. Only the first rank writes."""
+        """cfg: train.Config; stop: number of steps of the whole run. Only rank 0 writes."""
         self.cfg, self.theta_a, self.optimizer = cfg, trainable(model), optimizer
-        self.dataset, self.stop, self.writes = dataset, stop, cli.processes()[0] == 0
+        self.dataset, self.stop, self.writes = dataset, stop, cli.is_main()
         self.file = Path(cfg.out) / "checkpoint.pt"
         self.settings = run_settings(cfg, dtype, weights.fingerprint(model), dataset.examples)
 

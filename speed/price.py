@@ -121,7 +121,7 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
         # adapter trains, so its input needs no gradient.
         "adapters": d * load.tokens * (L * (8 * phi_d + (8 if mm else 6) * phi_u)
                                        - 2 * phi_d * (not load.pictures)),
-        "modality tokens": mm and modality_token_flops(d, d_kv, L, block, phi_d + phi_u) * load.forwards,
+        "modality tokens": mm and modality_token_flops(d, L, block, phi_d + phi_u) * load.forwards,
     }
     if checkpoint:  # forward of each block again, up to the input of its last matrix, w2 [d, ffn_dim]
         lines["recomputed blocks"] = 2 * L * (block - d * c.ffn_dim + d * (phi_d + phi_u)) * load.tokens + \
@@ -132,11 +132,11 @@ def flops(model: LaVIN, load: Load, checkpoint: bool = False, in_full: bool = Fa
     return lines
 
 
-def modality_token_flops(d: int, d_kv: int, L: int, block: int, phi: int) -> int:
+def modality_token_flops(d: int, L: int, block: int, phi: int) -> int:
     """Both modality tokens, once per forward pass. Nothing after the last router needs a gradient."""
     routers = 3 * L * 2 * d  # a router is a [d, 2] matrix: forward, gradients of input and weights
-    adapters = (3 * L - 2) * phi * d  # forward, gradients of input and weights
-    frozen = (2 * L - 1) * (block - d * (d + d_kv))  # no q and k: llama.Block.route
+    adapters = (4 * L - 3) * phi * d  # forward, recomputed forward, gradients of input and weights
+    frozen = (2 * L - 1) * block  # forward, gradient of the input; attention to a single token is left out
     return 2 * 2 * (routers + adapters + frozen)
 
 

@@ -84,7 +84,7 @@ def test_flop_formula_equals_torchs_counter(choice):
         load = load._replace(pictures=len(batch.images))
     formula = price.flops(ours.model, load, choice.get("checkpoint", False), in_full=True)
     counted = bench.counted_flops(lambda: ours.model(batch).backward())
-    assert counted == pytest.approx(sum(formula.values()), rel=1e-6)
+    assert counted == pytest.approx(sum(formula.values()), rel=1e-5)
 
 
 def test_nearly_all_flops_are_useful():

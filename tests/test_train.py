@@ -138,7 +138,7 @@ def test_no_thread_outlives_the_process_group(tmp_path):
         with cli.process_group("gloo"):
             import torch.distributed as dist
             import torch._dynamo  # as a model's code does sooner or later
-            dist.gather_object("x", [None, None] if cli.processes()[0] == 0 else None)
+            dist.gather_object("x", [None, None] if cli.is_main() else None)
             within = len(os.listdir("/proc/self/task"))
         os.write(1, f"{within > 1} {len(os.listdir('/proc/self/task'))}\\n".encode())
         """)
