@@ -49,7 +49,8 @@ class AdapterConfig:
 
 
 def xavier(linear: nn.Linear) -> nn.Linear:
-    nn.init.xavier_uniform_(linear.weight), nn.init.zeros_(linear.bias)
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
     return linear
 
 
@@ -101,7 +102,7 @@ class RoutingFunction(nn.Linear):
     def forward(self, t_m: torch.Tensor) -> torch.Tensor:
         """t_m [.., d] -> w [.., 2], fp32. As in the released code, f_w reads not the modality token itself,
         but its hidden state in this layer, after the layer's norm."""
-        logits = nn.functional.linear(t_m, self.weight, self.bias).float()  # t_m W_m + b_m
+        logits = super().forward(t_m).float()  # t_m W_m + b_m
         return torch.softmax(logits / self.tau, -1)  # Eq. (3): f_w(t_m) = softmax((t_m W_m + b_m) / tau)
 
 

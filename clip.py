@@ -81,7 +81,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + mlp(norm(x)). The norms are LayerNorm.
 
-    For the backward pass, autograd keeps of each token: x before each norm; q, k, v; the output of attention;
+    For the backward pass, autograd keeps for each token: x before each norm; q, k, v; attention's output;
     c_fc(x); and a number per head, the log-sum-exp of its scores (see llama.Block). The rest is recomputed.
     """
 

@@ -55,7 +55,7 @@ class Neck(nn.Module):
 def negative_log_likelihood(hidden: torch.Tensor, W: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     """hidden [targets, C]: the output of LLaMA's last norm, at the positions whose next token is a target.
     W [V, C]: LLaMA's output matrix. R [targets]: ids of the targets R_s^i, for all s of sample 1, then of
-    sample 2, and so on. Each sample's last target is EOS. Returns L, fp32."""
+    sample 2, and so on. A sample's last target is EOS, unless it was cut. Returns L, fp32."""
     log_p = F.log_softmax(F.linear(hidden, W).float(), dim=-1)  # [targets, V], for each possible token
     log_p_R = log_p.gather(1, R[:, None])  # [targets, 1], log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
     return -log_p_R.sum()  # Eq. (5): L = - sum_i sum_s log p(R_s^i | Z^i, R_{0:s-1}^i; theta_a)
@@ -117,7 +117,7 @@ class LaVIN(nn.Module):
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]. t_m is not in it: no other token sees t_m, which acts only through the
-        routing weights. X' stands between Y_head = [BOS] "Image: " and Y_rest, as in the released code. In
+        routing weights. As in the released code, X' stands after Y_head = [BOS] "Image: ", inside Y. In
         training, Y_rest ends with R, too: attention is causal, so one pass gives all terms of Eq. (5)."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # Y_head, Y_rest, Y_head, ..
         X_primes = iter(self.encode_images(batch))  # [n, C] each
@@ -184,6 +184,7 @@ class LaVIN(nn.Module):
             p = torch.softmax(logits, -1)  # factor s of the product, for every possible R_s: [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
+            # the row of an answer that has ended is still computed, but its tokens are dropped
             ended = [e or id == eos or s > limit for e, id, limit in zip(ended, ids, limits)]
             if all(ended):
                 return

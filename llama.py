@@ -1,10 +1,10 @@
 """LLaMA (https://arxiv.org/abs/2302.13971): the frozen language model and its key/value cache.
 weights.py reads official weights, in Meta's layout or Hugging Face's. Parameters have Meta's names.
 
-Sequences go through the blocks in three ways. `forward` trains on packed sequences: all lie end to end in one
-row, without padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each
-sequence. The three differ only in the attention: each defines a function attend(layer, q, k, v), which
-Attention calls. So does `Block.route`, the way of the modality tokens.
+There are four ways through the blocks. `forward` trains on packed sequences: all lie end to end in one row,
+without padding. `prefill` reads packed prompts into a cache. `decode` reads one more token of each sequence.
+`Block.route` is for modality tokens, each of which attends only to itself. The four differ in a function
+attend(layer, q, k, v), which Attention calls.
 
 Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G key/value heads (LLaMA-1: G = H; in later
 models, H / G heads of q share one), S slots of a cache, M modality tokens, r hidden units of an adapter.
@@ -60,7 +60,8 @@ class RMSNorm(nn.RMSNorm):
 
 def rope_table(positions: torch.Tensor, cfg: LLaMAConfig) -> torch.Tensor:
     """Rotary embedding: at position p, the j-th pair of units of q and of k is rotated by the angle p freq_j.
-    So q k depends only on the distance of the two. positions [.., T] -> e^(i angle), [.., T, 1, D/2]"""
+    So q . k depends only on the distance between the two positions. positions [.., T] -> e^(i angle), of
+    shape [.., T, 1, D/2]"""
     D = cfg.dim // cfg.n_heads
     freq = cfg.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
     angle = positions[..., None, None].float() * slowed(freq, cfg.rope_scaling)  # unchanged before LLaMA-3.1
@@ -105,7 +106,7 @@ class KVCache:
     def update(self, layer: int, seq: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k and v [tokens, G, D] of new tokens: token i goes to slot positions[i] of sequence seq[i].
         Return all filled slots, [B, filled, G, D]. `decode` masks the empty slots of shorter sequences."""
-        self.k[layer][seq, :, positions] = k
+        self.k[layer][seq, :, positions] = k  # indexed like this, the tokens come first: [tokens, G, D]
         self.v[layer][seq, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
@@ -137,7 +138,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(adapter(norm(x))), then x + feed_forward(norm(x)).
-    For the backward pass, autograd keeps of each token: x before each norm; q, k, v; the output of attention;
+    For the backward pass, autograd keeps for each token: x before each norm; q, k, v; attention's output;
     w1(x) and w3(x); and a number per head, the log-sum-exp of its scores. From q, k and these numbers,
     torch's kernel computes the attention weights again. Norms, adapter and SwiGLU run again, too
     (`recomputed`). Frozen matrices get no gradient, so autograd does not keep their inputs."""
@@ -164,11 +165,11 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_input(x))
 
     def route(self, t):
-        """Modality tokens t [M, 1, C], each a sequence of its own, at position 0, where rope is 1 -> this
-        layer's routing weights w [M, 1, 2], and t for the next layer."""
+        """t [M, 1, C]: modality tokens, each in a row of its own. Returns this layer's routing weights
+        w [M, 1, 2], and t for the next layer. All t have position 0, where the rotation is 1."""
         w = self.adapter_attn.f_w(self.attention_norm(t))
         attend = lambda layer, q, k, v: dot_product_attention(q, k, v)
-        return w, self.forward(t, 1, attend, w)  # in the released code, dropout acts here, too
+        return w, self.forward(t, rope=1, attend=attend, w=w)  # in the released code with dropout, too
 
 
 class LLaMA(nn.Module):

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
+import cli  # before torch, whose import takes seconds: from here on, Ctrl-C ends in one line
 
 from evaluation.conversation import Conversation
 from evaluation.routing import show_routing
@@ -58,7 +58,7 @@ def answer(conversation: Conversation, prompt: str, cfg: Config) -> None:
     tokens = model.stream(batch, max_new_tokens, eos, cfg.temperature, cfg.top_p, cfg.seed)  # Eq. (8)
     timed_tokens = Meter(model, batch.lengths[0], tokens)  # passes them on, and measures their times
     try:
-        for text in conversation.to_text(timed_tokens):  # decodes the tokens, and keeps them as a turn
+        for text in conversation.reply(timed_tokens):  # decodes the tokens, and keeps them as a turn
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not cfg.chat:
@@ -109,10 +109,9 @@ def main() -> None:
     if cfg.routing:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
-    # fold_adapters returns a subclass of LaVIN (FoldedLaVIN in speed/step.py) with the same answers, up to
-    # rounding. Its blocks have no adapters; wq, wk and wv hold W' and b' of adapters.fold instead. So its
-    # routing_weights() returns None. For a chat, it has W' and b' for text and for images, and its pack()
-    # puts those of the prompt's modality into the blocks. With --bits 4, nothing is merged
+    # merge LLaMA's adapters into wq, wk and wv (adapters.fold): the answers stay the same, up to rounding,
+    # but a token costs less. One question needs W' and b' of one modality, a chat those of both. The result
+    # is a FoldedLaVIN (speed/step.py): a LaVIN that uses W' and b' of each prompt's modality and needs no w
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

@@ -16,7 +16,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli
+import cli  # before torch, whose import takes seconds: from here on, Ctrl-C ends in one line
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from lavin import LaVIN, LaVINConfig, negative_log_likelihood
 from llama import LLaMA
 from official.saving import lock_folder
 from official.tokenizer import Tokenizer
-from speed import nf4, price, shard
+from speed import loading, price, shard
 from speed.chunked_loss import in_chunks
 
 SMALL_WORLD = "tiny/data"
@@ -40,7 +40,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py turns each line into a flag: the comment is its help text, brackets at its end the allowed range
+    # cli.py turns each line into a flag. The comment is its help text; brackets at its end give the range
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -121,10 +121,7 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     """A LaVIN with untrained adapters, and its tokenizer."""
-    # from_pretrained calls after_read(module) for each module once its weights are read. The flag --shard
-    # spreads the module over the GPUs, --bits 4 compresses it; without these flags, after_read is None
-    after_read = shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
-    llama = LLaMA.from_pretrained(cfg.llama, device, dtype, after_read)
+    llama = LLaMA.from_pretrained(cfg.llama, device, dtype, loading.after_read(cfg, device))
     llama.recompute_blocks = cfg.recompute_blocks
     vit = VisionTransformer.from_pretrained(cfg.clip, device, dtype) if cfg.vision else None
     tokenizer = Tokenizer(cfg.llama, llama.cfg.vocab_size)
@@ -140,12 +137,13 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 
 
 def read_data(cfg: Config) -> tuple[dict, list]:
-    """{data set: its training samples} for each data set of --data; and the test problems of the first one in
-    ScienceQA's layout, to be answered after training. --no-vision keeps all samples, but not their images."""
+    """{data set: its training samples} for each data set of --data. Also the test problems to be answered
+    after training: of the first data set in ScienceQA's layout, if any. Without cfg.vision, no images."""
     read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
     training = {source: read(source, "train") for source in prompts.mixture(cfg.data)}
     scienceqa = [source for source in training if source.kind == "scienceqa"]
-    return training, read(scienceqa[0], cfg.split) if scienceqa and cfg.split else []
+    test_problems = read(scienceqa[0], cfg.split) if scienceqa and cfg.split else []
+    return training, test_problems
 
 
 def prepare(cfg: Config, device, dtype, say=cli.say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
@@ -242,7 +240,7 @@ def main() -> None:
     if cli.is_main() and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # begins when all ranks are here
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # the others wait here for rank 0
         train(cfg, device, dtype)
 
 

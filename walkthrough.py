@@ -20,7 +20,7 @@ from tests import naive
 
 # %% Two helpers: show the code of an equation, compare two values
 def equation(n: int, title: str, *functions, first: str = "", last: str = "") -> None:
-    """Of each function, print the line tagged Eq. (n), and all lines from `first` or to `last`."""
+    """Of each function, print the line tagged Eq. (n). Start at the line with `first`, end at `last`."""
     print(f"\nEq. ({n}): {title}")
     for f in functions:
         lines, tag = inspect.getsource(f).splitlines(), f"# Eq. ({n}):"
@@ -76,8 +76,8 @@ print("New adapters (phi_u = 0) change no bit of LLaMA or ViT outputs:", all(map
 equation(3, "the router", RoutingFunction.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
 by_hand, logit = naive.softmax(np.array([1, 0]) / 10), 10 * torch.log(w[0, 0, 0] / w[0, 0, 1])
-print(f"By hand, with tau = 10: if t_m W_m + b_m is (1, 0), w is {by_hand.round(3)}. In layer 0, for text,\n"
-      f"the two entries of t_m W_m + b_m differ by {logit:.1f}, not by 1.")
+print(f"tau = 10 flattens the softmax: if t_m W_m + b_m is (1, 0), w is only {by_hand.round(3)}. But in\n"
+      f"layer 0, for text, training has made the two entries differ by {logit:.1f}.")
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
 w_vit = []  # of each block, w_0 of both images
@@ -90,8 +90,8 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, last="optimizer.step()")
-print("As a check, one gradient: of phi_d.bias in the ViT's block 0, which backward() reaches last. Add e\n"
-      "to all its entries; then dL/de is the sum of phi_d.bias.grad. naive.py takes a finite difference.\n"
+print("As a check, one gradient: of phi_d.bias in the ViT's block 0, which backward() reaches last. If e is\n"
+      "added to all its entries, dL/de is the sum of its .grad. naive.py takes a finite difference.\n"
       "R is the wrong 'The answer is B.', because for the right R, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
@@ -117,7 +117,7 @@ equation(6, "the visual neck", Neck.forward)
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input; Y_head is [BOS] 'Image: '", LaVIN.embed, first="if modality", last="Z = [t_m, Y]")
+equation(7, "the input; Y_head is [BOS] 'Image: ' or [BOS] 'Image: N/A'", LaVIN.embed, last="Z = [t_m, Y]")
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):

@@ -102,7 +102,7 @@ def build_page(model: lavin.LaVIN, meta: dict, cfg: Config, folder: Path):
                 batch = conversation.batch(message["text"], "", max_new_tokens)
                 tokens = model.stream(batch, max_new_tokens, tokenizer.eos, cfg.temperature, cfg.top_p,
                                       cfg.seed)
-                for piece in conversation.to_text(tokens):
+                for piece in conversation.reply(tokens):
                     text += piece
                     yield text, charts.get(batch.modality[0])
         except (ValueError, OSError) as e:  # leave out the advice on flags and the folder of the upload

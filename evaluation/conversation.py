@@ -14,7 +14,7 @@ from official.tokenizer import Tokenizer
 
 
 class Conversation:
-    """In each turn, `batch` makes the input of `LaVIN.stream`; `to_text` decodes and keeps what it yields."""
+    """In each turn, `batch` makes the input of `LaVIN.stream`; `reply` decodes and keeps what it yields."""
 
     def __init__(self, model: LaVIN, meta: dict, tokenizer: Tokenizer):
         """meta: the metadata of the adapter file"""
@@ -34,8 +34,8 @@ class Conversation:
         """Put the user's words into the prompt format of the training; "(A) .. (B) .." are options."""
         if not text.strip():
             raise ValueError('the prompt is empty; give --prompt "your question"')
-        # adapters that were trained on other data than ScienceQA's expect "Instruction: .. Response:". All
-        # others, and the authors' (their files do not name the data), expect "Question: .. Response:"
+        # if none of the adapters' training data was in ScienceQA's layout, they expect "Instruction: ..".
+        # Otherwise they expect "Question: ..". So do the authors', whose files do not name their data
         trained_on = self.meta.get("train", {}).get("data", "")
         if trained_on and all(source.kind != "scienceqa" for source in prompts.mixture(trained_on)):
             return prompts.instruct(text.strip(), context)
@@ -56,7 +56,7 @@ class Conversation:
         if len(self.turns) < n_turns:
             dropped = n_turns - len(self.turns)
             print(f"[the context is full: the {dropped} oldest turns are forgotten]", file=sys.stderr)
-        self.new_prompt = e.rest  # `to_text` will add the answer, and keep both as a turn
+        self.new_prompt = e.rest  # `reply` will add the answer, and keep both as a turn
         e.rest = [id for turn in self.turns for id in turn] + self.new_prompt
         e.n_prompt = len(e.rest)  # all of it, earlier answers too, is prompt: there are no targets
         size = self.model.vit.cfg.image_size if self.image else 0
@@ -67,7 +67,7 @@ class Conversation:
             batch = batch._replace(image_embeds=self.image_embeds, images=None)
         return batch
 
-    def to_text(self, tokens: Iterator[list[int]]) -> Iterator[str]:
+    def reply(self, tokens: Iterator[list[int]]) -> Iterator[str]:
         """Decode the tokens that `LaVIN.stream` yields for one prompt. A token may end in the middle of a
         character, so each piece of text waits until its last character is complete. The prompt and the answer
         so far are kept as a turn, even if this is stopped early."""

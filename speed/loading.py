@@ -1,13 +1,21 @@
 """Load a trained LaVIN, and make it faster for answering, as the flags of sample.py say."""
 import sys
 import time
+from typing import Callable
 
 import cli
 
+import torch
+
 import lavin
-from speed import nf4
+from speed import nf4, shard
 from speed.machine import Meter
 from speed.step import folded
+
+
+def after_read(cfg, device: torch.device) -> Callable | None:
+    """What --shard or --bits 4 do to a module as soon as its weights are read; cfg: the flags of train.py"""
+    return shard.after_read(device.type, cfg.bits) if cfg.shard else nf4.after_read(cfg.bits)
 
 
 def load_model(cfg) -> tuple[lavin.LaVIN, dict]:

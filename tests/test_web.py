@@ -106,7 +106,7 @@ def test_a_replayed_history_is_the_chat_of_sample(loaded, message):
     for question, answer in zip((COLOR, OPPOSITE), said):
         rest = chat.batch(question, "", 64).tokens.tolist()
         whole = tokenizer.encode(chat.wrap(question, "") + answer)
-        "".join(chat.to_text([id] for id in whole[len(chat.new_prompt):]))  # keeps the turn
+        "".join(chat.reply([id] for id in whole[len(chat.new_prompt):]))  # keeps the turn
         assert rest[-len(chat.new_prompt):] == whole[:len(chat.new_prompt)]  # no token across the border
     replay(replayed, [message("user", COLOR, DEMO), message("assistant", said[0]),
                       message("user", OPPOSITE), message("assistant", said[1])])
