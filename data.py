@@ -87,7 +87,7 @@ class Batch(NamedTuple):
     predict_at: torch.Tensor  # [targets], positions in the packed row whose next token is a target
     targets: torch.Tensor  # [targets]
     images: torch.Tensor | None = None  # [N, 3, H, W]; N: samples with an image
-    image_embeds: torch.Tensor | None = None  # X' [N, n_visual, C], if an earlier turn of a chat computed it
+    image_embeds: torch.Tensor | None = None  # X' [N, n_visual, C], if the ViT has run already
     llama_dropout_mask: torch.Tensor | None = None  # [layers, 1, T, r], True: unit survives; None: no dropout
     vit_dropout_mask: torch.Tensor | None = None  # [ViT blocks, N, ViT tokens, r]
 

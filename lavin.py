@@ -108,7 +108,7 @@ class LaVIN(nn.Module):
 
     def encode_images(self, batch: Batch) -> torch.Tensor | list:
         """X' of each sample with an image, [.., n, C]. For text, the ViT does not run."""
-        if batch.image_embeds is not None:  # a chat keeps X' from its first turn
+        if batch.image_embeds is not None:  # the ViT has run already: a chat or an evaluation keeps X'
             return batch.image_embeds
         if batch.images is None:
             return []
@@ -125,9 +125,9 @@ class LaVIN(nn.Module):
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             if modality == IMAGE:
                 X_prime = next(X_primes)
-                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], here without t_m
+                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y]; no t_m, X' inside Y
             else:
-                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y], here without t_m
+                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y]; no t_m
             inputs.append(Z)
         return inputs
 
@@ -170,7 +170,7 @@ class LaVIN(nn.Module):
     @torch.inference_mode()
     def stream(self, batch: Batch, max_new_tokens: int, eos: int, temperature: float = 0.1,
                top_p: float = 0.75, seed: int = 0) -> Iterator[list[int | None]]:
-        """Yield R_1, then R_2, ..: each time, a list with a token for each row, None if its answer has ended.
+        """Yield R_1, R_2, ..: each time, a list with a token of each answer, None for one that has ended.
         temperature 0 is greedy. ValueError if a prompt leaves no room in the context."""
         longest, context = max(batch.lengths), self.llama.cfg.max_seq_len
         if longest >= context:  # released code: cuts the prompt silently
@@ -178,18 +178,19 @@ class LaVIN(nn.Module):
         limits = [min(max_new_tokens, context - n) for n in batch.lengths]  # tokens that each answer may have
         ended, random = [False] * len(limits), torch.Generator().manual_seed(seed)
         logits, cache, w = self.prefill(batch, max(limits))  # reads Z
-        # R_{0:s-1} are the tokens before R_s
+        # R_1 is the first token of the answer; R_{0:s-1} are the tokens before R_s
         # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
         for s in range(1, max(limits) + 1):
             p = torch.softmax(logits, -1)  # factor s of the product, for every possible R_s: [B, V]
             R_s = pick(p, temperature, top_p, random)  # [B]
             ids = R_s.tolist()
-            # the row of an answer that has ended is still computed, but its tokens are dropped
+            # an answer ends at EOS or after `limit` tokens; its row is still computed, its tokens are dropped
             ended = [e or id == eos or s > limit for e, id, limit in zip(ended, ids, limits)]
             if all(ended):
                 return
             yield [None if e else id for e, id in zip(ended, ids)]
-            logits = self.decode(w, R_s, cache)  # reads R_s
+            if s < max(limits):
+                logits = self.decode(w, R_s, cache)  # reads R_s
 
     def generate(self, batch: Batch, max_new_tokens: int, eos: int, **sampling) -> list[list[int]]:
         """The answers of all rows, without EOS; arguments as for `stream`."""

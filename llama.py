@@ -106,7 +106,7 @@ class KVCache:
     def update(self, layer: int, seq: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k and v [tokens, G, D] of new tokens: token i goes to slot positions[i] of sequence seq[i].
         Return all filled slots, [B, filled, G, D]. `decode` masks the empty slots of shorter sequences."""
-        self.k[layer][seq, :, positions] = k  # indexed like this, the tokens come first: [tokens, G, D]
+        self.k[layer][seq, :, positions] = k  # two index tensors around a slice: [tokens, G, D]
         self.v[layer][seq, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
@@ -121,7 +121,7 @@ class Attention(nn.Module):
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # see LLaMA.forward, prefill and decode
+        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # see forward, prefill, decode, route
         return self.wo(y.reshape(B, T, C))
 
 
@@ -169,7 +169,7 @@ class Block(nn.Module):
         w [M, 1, 2], and t for the next layer. All t have position 0, where the rotation is 1."""
         w = self.adapter_attn.f_w(self.attention_norm(t))
         attend = lambda layer, q, k, v: dot_product_attention(q, k, v)
-        return w, self.forward(t, rope=1, attend=attend, w=w)  # in the released code with dropout, too
+        return w, self.forward(t, rope=1, attend=attend, w=w)  # the released code has dropout here
 
 
 class LLaMA(nn.Module):

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli  # before torch, whose import takes seconds: from here on, Ctrl-C ends in one line
+import cli  # first: it makes Ctrl-C end in one line, also while torch is imported
 
 from evaluation.conversation import Conversation
 from evaluation.routing import show_routing
@@ -110,8 +110,9 @@ def main() -> None:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
     # merge LLaMA's adapters into wq, wk and wv (adapters.fold): the answers stay the same, up to rounding,
-    # but a token costs less. One question needs W' and b' of one modality, a chat those of both. The result
-    # is a FoldedLaVIN (speed/step.py): a LaVIN that uses W' and b' of each prompt's modality and needs no w
+    # but a token costs less. A question needs W' and b' of its modality; a chat, in which /image may change
+    # it, those of both. FoldedLaVIN (speed/step.py) inherits `stream`, but its blocks have no adapters, its
+    # w is None, and its `pack` chooses W' and b'. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

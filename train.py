@@ -16,7 +16,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # before torch, whose import takes seconds: from here on, Ctrl-C ends in one line
+import cli  # first: it makes Ctrl-C end in one line, also while torch is imported
 
 import torch
 import torch.distributed as dist
@@ -136,12 +136,13 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
     return model.to(device), tokenizer
 
 
-def read_data(cfg: Config) -> tuple[dict, list]:
-    """{data set: its training samples} for each data set of --data. Also the test problems to be answered
-    after training: of the first data set in ScienceQA's layout, if any. Without cfg.vision, no images."""
+def read_data(cfg: Config) -> tuple[list, list]:
+    """A pair (data set, its training samples) for each data set of --data; and the test problems that are
+    answered after training. These come from the first data set in ScienceQA's layout; without one, there are
+    none. With --no-vision, all samples stay, but their images are left out."""
     read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
-    training = {source: read(source, "train") for source in prompts.mixture(cfg.data)}
-    scienceqa = [source for source in training if source.kind == "scienceqa"]
+    training = [(source, read(source, "train")) for source in prompts.mixture(cfg.data)]
+    scienceqa = [source for source, _ in training if source.kind == "scienceqa"]
     test_problems = read(scienceqa[0], cfg.split) if scienceqa and cfg.split else []
     return training, test_problems
 
@@ -152,7 +153,7 @@ def prepare(cfg: Config, device, dtype, say=cli.say) -> tuple[LaVIN, Tokenizer, 
     model, tokenizer = build(cfg, device, dtype)
     n_visual, image_size = (model.vit.n_visual, model.vit.cfg.image_size) if model.vit else (0, 0)
     examples = []
-    for source, samples in training.items():
+    for source, samples in training:
         kept, count = data.encode_all(samples, tokenizer, n_visual, cfg.max_len)
         say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept

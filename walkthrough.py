@@ -90,8 +90,8 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, last="optimizer.step()")
-print("As a check, one gradient: of phi_d.bias in the ViT's block 0, which backward() reaches last. If e is\n"
-      "added to all its entries, dL/de is the sum of its .grad. naive.py takes a finite difference.\n"
+print("As a check, one gradient: of phi_d.bias in the ViT's block 0, the block backward() reaches last.\n"
+      "If e is added to the bias, dL/de is the sum of bias.grad. naive.py takes a finite difference.\n"
       "R is the wrong 'The answer is B.', because for the right R, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
@@ -113,19 +113,19 @@ here, there = [model(right_batch), model(wrong_batch)], [-x.log_p.sum() for x in
 check("L", "response", here, there)
 
 # %% Eq. (6): X' = SiLU(X W_d + b_d) W_u + b_u
-equation(6, "the visual neck", Neck.forward)
+equation(6, "the visual neck; in the tiny ViT, X has a [cls] after each of the 6 blocks", Neck.forward)
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input; Y_head is [BOS] 'Image: ' or [BOS] 'Image: N/A'", LaVIN.embed, last="Z = [t_m, Y]")
+equation(7, "the input", LaVIN.embed, first="if modality", last="Z = [t_m, Y]")
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):
-    head = f"{len(e.head)} ([BOS] {' '.join(words(e.head[1:]))})"
+    head = f"{len(e.head)} (Y_head: [BOS] {' '.join(words(e.head[1:]))})"
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation; below, p of each R_s", LaVIN.stream, last=".decode(")
+equation(8, "generation; below, p of each R_s", LaVIN.stream, first="limits =", last=".decode(")
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
@@ -142,7 +142,7 @@ names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visua
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\nFor demo.png, the model predicts 'red' after 'On the left is a big'. In the last layer, 'big'\n"
-      "attends mostly to X'_4. (The tiny ViT gives X'_1 to X'_6 after its blocks 0 to 5.)\n"
+      "attends mostly to X'_4, which is from the ViT's block 3.\n"
       "Attention weights above 0.01, averaged over the heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nAn adapter of LLaMA is an affine map, so it merges into wq, wk and wv. q of layer 0 is the same:")

@@ -34,8 +34,8 @@ class Conversation:
         """Put the user's words into the prompt format of the training; "(A) .. (B) .." are options."""
         if not text.strip():
             raise ValueError('the prompt is empty; give --prompt "your question"')
-        # if none of the adapters' training data was in ScienceQA's layout, they expect "Instruction: ..".
-        # Otherwise they expect "Question: ..". So do the authors', whose files do not name their data
+        # adapters trained on at least one data set in ScienceQA's layout expect "Question: ..", all others
+        # "Instruction: ..". The authors' files do not name their data; we assume ScienceQA
         trained_on = self.meta.get("train", {}).get("data", "")
         if trained_on and all(source.kind != "scienceqa" for source in prompts.mixture(trained_on)):
             return prompts.instruct(text.strip(), context)

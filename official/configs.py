@@ -100,7 +100,7 @@ def check_metadata(file: Path, meta: object) -> None:
     lavin.only("adapter", "vision", "vit_adapters", "vit_routing", "neck_dim", "normalize")
     adapter.only("kind", "dim", "scale", "tau", "dropout")
     adapter.one_of("kind", "mm", "rep")
-    adapter.value("dim", lambda x: type(x) is int and x in range(2, 2**14, 2), "an even number below 16384")
+    adapter.value("dim", lambda x: type(x) is int and x in range(2, 1025, 2), "an even number up to 1024")
     adapter.number("scale")
     adapter.number("tau")
     adapter.value("dropout", lambda x: type(x) in (int, float) and 0 <= x < 1, "a number from 0 to below 1")

@@ -136,8 +136,9 @@ def modality_token_flops(d: int, L: int, block: int, phi: int) -> int:
     """Both modality tokens, once per forward pass. Nothing after the last router needs a gradient."""
     routers = 3 * L * 2 * d  # a router is a [d, 2] matrix: forward, gradients of input and weights
     adapters = (4 * L - 3) * phi * d  # forward, recomputed forward, gradients of input and weights
-    frozen = (2 * L - 1) * block  # forward, gradient of the input; attention to a single token is left out
-    return 2 * 2 * (routers + adapters + frozen)
+    frozen = (2 * L - 1) * block  # forward, gradient of the input
+    attention = (14 * L - 10) * d  # of a token to itself; as in `flops`, but the last layer has no backward
+    return 2 * (2 * (routers + adapters + frozen) + attention)
 
 
 def picture_flops(model: LaVIN) -> tuple[int, int]:

@@ -129,6 +129,13 @@ def test_help_where_the_preset_of_a_bare_run_changes_the_default(capsys):
     assert "--recipe" not in help_of(capsys).replace("--recipe str", "")
 
 
+def test_only_rank_0_says(capsys, monkeypatch):
+    for rank, said in (("1", ""), ("0", "x\n")):
+        monkeypatch.setenv("RANK", rank)
+        cli.say("x")
+        assert capsys.readouterr().err == said and cli.is_main() == (rank == "0")
+
+
 def test_dashes_are_underscores():
     cfg = parse("--dry-run", "--batch-size=2", "--out", "my-run")
     assert cfg.dry_run and cfg.batch_size == 2 and cfg.out == "my-run" and not parse("--no-dry-run").dry_run

@@ -264,6 +264,10 @@ def test_a_picture_that_questions_share_is_encoded_once(tmp_path):
     with torch.no_grad():
         assert close(torch.cat(model.embed(batch)), torch.cat(model.embed(each)))
     assert answering.collate(model, rows[1:2], size).image_embeds is None and encoded == [2, 3]
+    for p in model.parameters():
+        p.data = p.data if p.requires_grad else p.data.bfloat16()
+    answers = model.generate(answering.collate(model, rows, size), 2, eos=-1, temperature=0.0)
+    assert [len(a) for a in answers] == [2] * 4
 
 
 def test_stopping_at_the_letter_changes_no_score(world, folded):
@@ -397,6 +401,15 @@ def test_mistakes_are_one_line(run, world, tmp_path):
     for name in ("mme", "coco"):
         told = message(name, "--data", world / name, "--adapters", tmp_path / "text/adapters.safetensors")
         assert "text-only adapters" in told
+
+
+def test_data_sets_count_as_often_as_named_and_the_first_scienceqa_is_tested(world, tmp_path):
+    other = published.scienceqa(tmp_path / "t", {"train": 5, "test": 4})
+    alpaca = f"alpaca:{world}/alpaca_data.json"
+    training, test_problems = train.read_data(train.Config(data=f"{alpaca},{world}/s,{alpaca},{other}"))
+    assert [len(samples) for _, samples in training] == [9, 20, 9, 5] and len(test_problems) == 13
+    assert train.read_data(train.Config(data=alpaca))[1] == []
+    assert train.read_data(train.Config(data=f"{world}/s", split=""))[1] == []
 
 
 def test_train_refuses_an_empty_or_broken_mixture(world, tmp_path):
