@@ -42,8 +42,8 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class LayerNorm(nn.LayerNorm):
-    """Under autocast, CUDA's LayerNorm returns fp32. ln_pre's output is the residual x, so without the cast,
-    x would be fp32 in all blocks."""
+    """Under autocast, CUDA's LayerNorm returns fp32. ln_pre's output starts the residual stream, so without
+    the cast, this stream would be fp32 in all blocks."""
 
     def forward(self, x):
         return super().forward(x).type_as(x)

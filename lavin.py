@@ -118,7 +118,7 @@ class LaVIN(nn.Module):
     def embed(self, batch: Batch) -> list[torch.Tensor]:
         """Z of each sample, [T, C]. t_m is not in it: no other token sees t_m, which acts only through the
         routing weights. As in the released code, X' stands after Y_head = [BOS] "Image: ", inside Y. In
-        training, Y_rest ends with R, too: attention is causal, so one pass gives all terms of Eq. (5)."""
+        training, R is the end of Y_rest: attention is causal, so one pass gives all terms of Eq. (5)."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # Y_head, Y_rest, Y_head, ..
         X_primes = iter(self.encode_images(batch))  # [n, C] each
         inputs = []
@@ -178,7 +178,7 @@ class LaVIN(nn.Module):
         limits = [min(max_new_tokens, context - n) for n in batch.lengths]  # tokens that each answer may have
         ended, random = [False] * len(limits), torch.Generator().manual_seed(seed)
         logits, cache, w = self.prefill(batch, max(limits))  # reads Z
-        # R_1 is the first token of the answer; R_{0:s-1} are the tokens before R_s
+        # the answer is R_1, R_2, .., so R_{0:s-1} are R_1 to R_{s-1}: none for s = 1
         # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
         for s in range(1, max(limits) + 1):
             p = torch.softmax(logits, -1)  # factor s of the product, for every possible R_s: [B, V]
@@ -212,7 +212,7 @@ def pick(p: torch.Tensor, temperature: float, top_p: float, random: torch.Genera
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep the fewest tokens whose mass reaches top_p
     cumulative = p.cumsum(-1)
     # inverse transform sampling: take the first token whose cumulative p exceeds u times the total. All rows
-    # have the same random number u, so a row draws the same token alone and in any batch
+    # share the random number u, so a row draws the same token whether it is alone or in a batch
     u = torch.rand((), generator=random).item()
     i = (cumulative <= u * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return order.gather(-1, i)[:, 0]

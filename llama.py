@@ -106,7 +106,7 @@ class KVCache:
     def update(self, layer: int, seq: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k and v [tokens, G, D] of new tokens: token i goes to slot positions[i] of sequence seq[i].
         Return all filled slots, [B, filled, G, D]. `decode` masks the empty slots of shorter sequences."""
-        self.k[layer][seq, :, positions] = k  # two index tensors around a slice: [tokens, G, D]
+        self.k[layer][seq, :, positions] = k  # torch puts the indexed axis first: [tokens, G, D]
         self.v[layer][seq, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 

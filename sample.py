@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli  # first: it makes Ctrl-C end in one line, also while torch is imported
+import cli  # first: from here on, Ctrl-C prints one line, not a traceback, even while torch is imported
 
 from evaluation.conversation import Conversation
 from evaluation.routing import show_routing
@@ -110,9 +110,9 @@ def main() -> None:
         return show_routing(model, Path("routing.png"))
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
     # merge LLaMA's adapters into wq, wk and wv (adapters.fold): the answers stay the same, up to rounding,
-    # but a token costs less. A question needs W' and b' of its modality; a chat, in which /image may change
-    # it, those of both. FoldedLaVIN (speed/step.py) inherits `stream`, but its blocks have no adapters, its
-    # w is None, and its `pack` chooses W' and b'. With --bits 4, nothing is merged
+    # but a token costs less. A question needs W' and b' of its own modality; a chat needs both, because
+    # /image may change the modality. FoldedLaVIN (speed/step.py) inherits `stream`. Its blocks have no
+    # adapters, so its w is None, and its `pack` puts W' and b' into them. With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)

@@ -16,7 +16,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cli  # first: it makes Ctrl-C end in one line, also while torch is imported
+import cli  # first: from here on, Ctrl-C prints one line, not a traceback, even while torch is imported
 
 import torch
 import torch.distributed as dist
@@ -137,9 +137,9 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 
 
 def read_data(cfg: Config) -> tuple[list, list]:
-    """A pair (data set, its training samples) for each data set of --data; and the test problems that are
-    answered after training. These come from the first data set in ScienceQA's layout; without one, there are
-    none. With --no-vision, all samples stay, but their images are left out."""
+    """Return a list with a pair (data set, its training samples) for each data set of --data, and the list of
+    test problems to answer after training: those of the first data set in ScienceQA's layout, if there is
+    one. --no-vision leaves out the images, not the samples."""
     read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
     training = [(source, read(source, "train")) for source in prompts.mixture(cfg.data)]
     scienceqa = [source for source, _ in training if source.kind == "scienceqa"]
@@ -179,9 +179,9 @@ def summary(cfg: Config, theta_a: dict, per_epoch: int, total: int, warmup: int)
     """What a run prints before it starts, such as "2 micro-batches x 4 processes x 4 samples = 32 .."."""
     _, ranks = cli.processes()
     n_trained = sum(p.numel() for p in theta_a.values())
-    per_rank = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
+    micro = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
     return (f"{n_trained:,} trainable parameters; {total} steps, {per_epoch} an epoch, {warmup} for warm-up; "
-            f"{per_rank} micro-batches x {ranks} processes x {cfg.batch_size / per_rank / ranks:g} samples = "
+            f"{micro} micro-batches x {ranks} processes x {cfg.batch_size / micro / ranks:g} samples = "
             f"{cfg.batch_size} samples a step; peak lr {cfg.lr * cfg.batch_size / 256:.2e}"
             + ("; sharded, so without a test" if cfg.shard else ""))
 
@@ -241,7 +241,7 @@ def main() -> None:
     if cli.is_main() and SMALL_WORLD in (source.path for source in prompts.mixture(cfg.data)):
         from tiny import world
         world.ensure(SMALL_WORLD)  # generate the small world, unless it exists
-    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # the others wait here for rank 0
+    with cli.process_group("nccl" if device.type == "cuda" else "gloo"):  # all ranks meet here
         train(cfg, device, dtype)
 
 

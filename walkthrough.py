@@ -77,7 +77,7 @@ equation(3, "the router", RoutingFunction.forward, MMAdapter.forward)
 check("w", "layer modality adapter", w, np.stack([naive_text.w, naive_asked.w], axis=1))
 by_hand, logit = naive.softmax(np.array([1, 0]) / 10), 10 * torch.log(w[0, 0, 0] / w[0, 0, 1])
 print(f"tau = 10 flattens the softmax: if t_m W_m + b_m is (1, 0), w is only {by_hand.round(3)}. But in\n"
-      f"layer 0, for text, training has made the two entries differ by {logit:.1f}.")
+      f"layer 0, for text, training has made the two entries of t_m W_m + b_m differ by {logit:.1f}.")
 print("w_0 in LLaMA: two constants a layer, one for text and one for images.",
       *(f"    layer {i}: text {a:.3f}, image {b:.3f}" for i, (a, b) in enumerate(w[..., 0])), sep="\n")
 w_vit = []  # of each block, w_0 of both images
@@ -91,7 +91,7 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, last="optimizer.step()")
 print("As a check, one gradient: of phi_d.bias in the ViT's block 0, the block backward() reaches last.\n"
-      "If e is added to the bias, dL/de is the sum of bias.grad. naive.py takes a finite difference.\n"
+      "If a number e is added to each entry, dL/de is the sum of bias.grad; naive.py: a finite difference.\n"
       "R is the wrong 'The answer is B.', because for the right R, L and its gradient are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
@@ -142,7 +142,7 @@ names = ["[BOS]", *words(right.head[1:]), *(f"X'_{i + 1}" for i in range(n_visua
 at = names.index("'big'")
 share = torch.softmax((q[at] * k[:at + 1]).sum(-1) / q.shape[-1] ** 0.5, dim=0).mean(-1).tolist()
 print("\nFor demo.png, the model predicts 'red' after 'On the left is a big'. In the last layer, 'big'\n"
-      "attends mostly to X'_4, which is from the ViT's block 3.\n"
+      "attends mostly to X'_4, the visual token from the ViT's fourth block (block 3 above).\n"
       "Attention weights above 0.01, averaged over the heads:",
       *(f"{name:>10} {x:.3f} {'#' * round(60 * x)}" for name, x in zip(names, share) if x > 0.01), sep="\n")
 print("\nAn adapter of LLaMA is an affine map, so it merges into wq, wk and wv. q of layer 0 is the same:")
