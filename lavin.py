@@ -116,18 +116,19 @@ class LaVIN(nn.Module):
         return self.adapter_proj(X)
 
     def embed(self, batch: Batch) -> list[torch.Tensor]:
-        """Z of each sample, [T, C]. t_m is not in it: no other token sees t_m, which acts only through the
-        routing weights. As in the released code, X' stands after Y_head = [BOS] "Image: ", inside Y. In
-        training, R is the end of Y_rest: attention is causal, so one pass gives all terms of Eq. (5)."""
+        """Z of each sample, [T, C]. Unlike the paper's, it does not hold t_m, which no other token sees, and
+        which acts only through the routing weights. As in the released code, X' stands inside Y, after
+        Y_head = [BOS] "Image: ". In training, Z also holds R, at the end of Y_rest: attention is causal, so
+        one pass gives all terms of Eq. (5)."""
         Y = self.llama.tok_embeddings(batch.tokens).split(batch.part_lengths)  # Y_head, Y_rest, Y_head, ..
         X_primes = iter(self.encode_images(batch))  # [n, C] each
         inputs = []
         for modality, Y_head, Y_rest in zip(batch.modality, Y[::2], Y[1::2]):
             if modality == IMAGE:
                 X_prime = next(X_primes)
-                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y]; no t_m, X' inside Y
+                Z = torch.cat([Y_head, X_prime, Y_rest])  # Eq. (7): Z = [t_m, X', Y], here without t_m
             else:
-                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y]; no t_m
+                Z = torch.cat([Y_head, Y_rest])  # Z = [t_m, Y], here without t_m
             inputs.append(Z)
         return inputs
 
@@ -178,7 +179,7 @@ class LaVIN(nn.Module):
         limits = [min(max_new_tokens, context - n) for n in batch.lengths]  # tokens that each answer may have
         ended, random = [False] * len(limits), torch.Generator().manual_seed(seed)
         logits, cache, w = self.prefill(batch, max(limits))  # reads Z
-        # the answer is R_1, R_2, .., so R_{0:s-1} are R_1 to R_{s-1}: none for s = 1
+        # R_{0:s-1} are the tokens before R_s. We count from 1: these are R_1 to R_{s-1}, and none for s = 1
         # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
         for s in range(1, max(limits) + 1):
             p = torch.softmax(logits, -1)  # factor s of the product, for every possible R_s: [B, V]

@@ -6,8 +6,8 @@ without padding. `prefill` reads packed prompts into a cache. `decode` reads one
 `Block.route` is for modality tokens, each of which attends only to itself. The four differ in a function
 attend(layer, q, k, v), which Attention calls.
 
-Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G key/value heads (LLaMA-1: G = H; in later
-models, H / G heads of q share one), S slots of a cache, M modality tokens, r hidden units of an adapter.
+Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G key/value heads (LLaMA-1: G = H; later, each
+serves H / G query heads), S slots of a cache, M modality tokens, r hidden units of an adapter.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +130,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False) for _ in range(2))
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
-        self.swiglu = recomputed(lambda gate, x: F.silu(gate) * x)
+        self.swiglu = recomputed(lambda gate, x: F.silu(gate) * x)  # so that only gate and x are kept
 
     def forward(self, x):
         return self.w2(self.swiglu(self.w1(x), self.w3(x)))
@@ -156,7 +156,7 @@ class Block(nn.Module):
         return z if self.adapter_attn is None else self.adapter_attn(z, w, dropout_mask)
 
     @recomputed
-    def ffn_input(self, x):
+    def ffn_input(self, x):  # so that only x is kept
         return self.ffn_norm(x)
 
     def forward(self, x, rope, attend, w=None, dropout_mask=None):

@@ -40,7 +40,7 @@ SMALL_WORLD = "tiny/data"
 @dataclass
 class Config:
     """Train LaVIN's adapters. Without arguments: the built-in small world, a few minutes on a laptop."""
-    # cli.py turns each line into a flag. The comment is its help text; brackets at its end give the range
+    # cli.py reads these lines: each is a flag, its comment is the help text, and [a, b] at the end its range
     recipe: str = "tiny"  # set of defaults: tiny, or paper (LLaMA-7B on ScienceQA)
     llama: str = "tiny/llama"  # folder of LLaMA weights, with tokenizer.model
     clip: str = "tiny/clip"  # folder of CLIP weights, or OpenAI's .pt file
@@ -103,8 +103,8 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
-        # a batch without images gives the ViT's adapters no gradient. It must be zero then, not None: the sum
-        # over ranks needs a tensor from each, and for None, AdamW would skip momentum and weight decay
+        # without images, the ViT's adapters get no gradient. It must be zero then, not None: the all-reduce
+        # needs the tensor on every rank, and for None, AdamW would skip momentum and weight decay
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -137,9 +137,9 @@ def build(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer]:
 
 
 def read_data(cfg: Config) -> tuple[list, list]:
-    """Return a list with a pair (data set, its training samples) for each data set of --data, and the list of
-    test problems to answer after training: those of the first data set in ScienceQA's layout, if there is
-    one. --no-vision leaves out the images, not the samples."""
+    """Return two lists: the pairs (data set, training samples) for the data sets of --data, and the test
+    problems to answer after training. These come from the first data set in ScienceQA's layout; without
+    one, the second list is empty. --no-vision leaves out the images, not the samples."""
     read = lambda source, split: source.read(split, cfg.format, cfg.captions, cfg.vision)
     training = [(source, read(source, "train")) for source in prompts.mixture(cfg.data)]
     scienceqa = [source for source, _ in training if source.kind == "scienceqa"]
@@ -201,13 +201,13 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
     for step, (micro_batches, n_targets) in enumerate(loader, start=first):
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=False)  # zero, not None: see optimizer_for
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             with model.autocast():
                 L = model(batch.to(device))  # L(f_phi(Z), R; theta_a) of this micro-batch, Eq. (5)
-            # n_targets counts the targets of the whole batch, on all ranks. So these terms, summed over
-            # micro-batches and ranks, are the mean loss per target
+            # n_targets counts the targets of the whole batch, on all ranks. So the sum of L / n_targets over
+            # micro-batches and ranks is the mean loss per target
             (L / n_targets).backward()
             loss += L.detach() / n_targets
         if ranks > 1:

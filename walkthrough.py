@@ -90,9 +90,9 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 
 # %% Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a). One derivative of L, beside a finite difference.
 equation(4, "training", train.train, last="optimizer.step()")
-print("As a check, one gradient: of phi_d.bias in the ViT's block 0, the block backward() reaches last.\n"
-      "If a number e is added to each entry, dL/de is the sum of bias.grad; naive.py: a finite difference.\n"
-      "R is the wrong 'The answer is B.', because for the right R, L and its gradient are almost 0.")
+print("We check the gradient of phi_d.bias in the ViT's block 0, the block that backward() reaches last. If\n"
+      "the same number e is added to all its entries, dL/de is the sum of bias.grad. naive.py computes\n"
+      "(L(e) - L(-e)) / 2e. R is the wrong 'The answer is B.': with the right R, L is almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -125,7 +125,7 @@ for what, e in ("image", asked), ("text", text):
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation; below, p of each R_s", LaVIN.stream, first="limits =", last=".decode(")
+equation(8, "generation; then, decode() reads R_s and gives the next logits", LaVIN.stream, last="R_s =")
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
