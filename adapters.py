@@ -24,11 +24,11 @@ the image.
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
-Why phi_u1 and phi_u2 become different, though both start at zero. A sample's gradient is scaled by w_0 for
-phi_u1 and by w_1 for phi_u2. If all samples had the same w, the two gradients would differ only by a factor,
-and AdamW, whose steps hardly depend on such a factor, would keep phi_u1 and phi_u2 equal. But text and images
-have different w from the start, because E_m and f_w start at random. So the gradients mix text and images in
-different proportions. (In the ViT, w varies little between images, so there phi_u1 and phi_u2 stay similar.)
+Why phi_u1 and phi_u2 become different, though both start at zero. The gradient of phi_u1 is the sum of w_0 g
+over the samples, that of phi_u2 the sum of w_1 g, with the same g. If all samples had the same w, the two
+sums would be parallel. AdamW nearly ignores their lengths, so it would keep phi_u1 and phi_u2 equal. But text
+and images have different w from the start, because E_m and f_w start at random. So the two sums differ in
+direction. (In the ViT, w varies little between images, so there phi_u1 and phi_u2 stay similar.)
 
 Shapes: z is [images, T, d] in the ViT, and [rows, T, d] in LLaMA. In training, LLaMA has a single row, in
 which all samples lie end to end. T tokens, d width, r hidden units (8).
@@ -42,7 +42,7 @@ import torch.nn as nn
 @dataclass
 class AdapterConfig:
     kind: str = "mm"  # in LLaMA: "mm" = MM-Adapter, "rep" = one RepAdapter, no router. In the ViT always MM
-    dim: int = 8  # r, the number of hidden units; even, because phi_u has two groups
+    dim: int = 8  # r, the number of hidden units; even: phi_u1 and phi_u2 have two groups each
     scale: float = 1.0  # s
     tau: float = 10.0  # temperature of the softmax in f_w: 10 for LLaMA-7B, 5 for 13B
     dropout: float = 0.1  # on the hidden units of the adapter
@@ -128,9 +128,9 @@ class MMAdapter(nn.Module):
 
 @torch.no_grad()
 def fold(W: torch.Tensor, adapter: nn.Module, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge an adapter into W [out, d], the projection after it. Return W' and b', rounded to W's dtype, with
+    """Merge an adapter into W [out, d], the projection after it. Return W' and b' such that, for every z,
 
-        W' z + b' = W adapter(z, w)  for every z.
+        W' z + b' = W adapter(z, w), up to rounding to W's dtype.
 
     In speed/step.py, wq, wk and wv get these as weight and bias. w has shape [2]. Write phi_d(z) = A z + a,
     and w_0 phi_u1(h) + w_1 phi_u2(h) = U h + b. Then

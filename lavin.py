@@ -67,7 +67,7 @@ class LaVIN(nn.Module):
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
         self.loss = negative_log_likelihood  # train.py replaces it by a version that needs less memory
-        kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
+        kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]  # all new modules are in fp32
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
         if cfg.adapter.kind == "mm":
@@ -179,7 +179,7 @@ class LaVIN(nn.Module):
         limits = [min(max_new_tokens, context - n) for n in batch.lengths]  # tokens that each answer may have
         ended, random = [False] * len(limits), torch.Generator().manual_seed(seed)
         logits, cache, w = self.prefill(batch, max(limits))  # reads Z
-        # R_{0:s-1} are the tokens before R_s. We count from 1: these are R_1 to R_{s-1}, and none for s = 1
+        # the paper writes R_{0:s-1} for the tokens before R_s. Here s starts at 1, so they are R_1 .. R_{s-1}
         # Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
         for s in range(1, max(limits) + 1):
             p = torch.softmax(logits, -1)  # factor s of the product, for every possible R_s: [B, V]

@@ -6,8 +6,8 @@ without padding. `prefill` reads packed prompts into a cache. `decode` reads one
 `Block.route` is for modality tokens, each of which attends only to itself. The four differ in a function
 attend(layer, q, k, v), which Attention calls.
 
-Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G key/value heads (LLaMA-1: G = H; later, each
-serves H / G query heads), S slots of a cache, M modality tokens, r hidden units of an adapter.
+Shapes: B rows, T tokens in a row, C = dim, H heads, D = C / H, G key/value heads (LLaMA-1: G = H; in
+others, H / G query heads share one), S slots of a cache, M modality tokens, r hidden units of an adapter.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,8 @@ class KVCache:
     def update(self, layer: int, seq: torch.Tensor, positions: torch.Tensor, k, v) -> tuple:
         """Store k and v [tokens, G, D] of new tokens: token i goes to slot positions[i] of sequence seq[i].
         Return all filled slots, [B, filled, G, D]. `decode` masks the empty slots of shorter sequences."""
-        self.k[layer][seq, :, positions] = k  # torch puts the indexed axis first: [tokens, G, D]
+        # a slice between two index tensors: torch puts the indexed axis first, so these are [tokens, G, D]
+        self.k[layer][seq, :, positions] = k
         self.v[layer][seq, :, positions] = v
         return tuple(x[layer][:, :, :self.filled].transpose(1, 2) for x in (self.k, self.v))
 
@@ -121,7 +122,7 @@ class Attention(nn.Module):
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # see forward, prefill, decode, route
+        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # in forward, prefill, decode, route
         return self.wo(y.reshape(B, T, C))
 
 

@@ -103,8 +103,8 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def optimizer_for(params: dict[str, torch.nn.Parameter], cfg: Config) -> torch.optim.AdamW:
     for p in params.values():
-        # without images, the ViT's adapters get no gradient. It must be zero then, not None: the all-reduce
-        # needs the tensor on every rank, and for None, AdamW would skip momentum and weight decay
+        # a batch without images gives the ViT's adapters no gradient. We keep zeros, not None, so that every
+        # rank can join the all-reduce, and AdamW still applies momentum and weight decay
         p.grad = torch.zeros_like(p)
     groups = [{"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
@@ -201,7 +201,7 @@ def train(cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
 
     # Eq. (4): theta_a* = argmin L(f_phi(Z), R; theta_a), by steps of AdamW; f_phi, the LLM, is frozen
     for step, (micro_batches, n_targets) in enumerate(loader, start=first):
-        optimizer.zero_grad(set_to_none=False)  # zero, not None: see optimizer_for
+        optimizer.zero_grad(set_to_none=False)  # zero, not None: a batch may lack images
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             with model.autocast():

@@ -92,7 +92,7 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 equation(4, "training", train.train, last="optimizer.step()")
 print("We check the gradient of phi_d.bias in the ViT's block 0, the block that backward() reaches last. If\n"
       "the same number e is added to all its entries, dL/de is the sum of bias.grad. naive.py computes\n"
-      "(L(e) - L(-e)) / 2e. R is the wrong 'The answer is B.': with the right R, L is almost 0.")
+      "(L(e) - L(-e)) / 2e. R is wrong on purpose, 'The answer is B.': with the right R, L is almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"
@@ -117,7 +117,7 @@ equation(6, "the visual neck; in the tiny ViT, X has a [cls] after each of the 6
 check("X'", "n C", model.encode_images(batch)[0], naive_asked.Z[1 + len(asked.head):][:n_visual])
 
 # %% Eq. (7): Z = [t_m, X', Y]
-equation(7, "the input", LaVIN.embed, first="if modality", last="Z = [t_m, Y]")
+equation(7, "the input; Y is Y_head and Y_rest", LaVIN.embed, first="if modality", last="Z = [t_m, Y]")
 check("Z without t_m", "T C", model.embed(batch)[0], naive_asked.Z[1:])
 words = lambda ids: [repr(tokenizer.decode([id]) or " ") for id in ids]
 for what, e in ("image", asked), ("text", text):
@@ -125,7 +125,7 @@ for what, e in ("image", asked), ("text", text):
     print(f"{what}: {1 + e.length} tokens = 1 (t_m) + {head} + {e.n_visual} (X') + {len(e.rest)} (prompt)")
 
 # %% Eq. (8): p(R | Z) = prod_s p(R_s | Z, R_{0:s-1}; theta_l, theta_a)
-equation(8, "generation; then, decode() reads R_s and gives the next logits", LaVIN.stream, last="R_s =")
+equation(8, "generation; prefill(Z) gives the first logits, decode(R_s) the next", LaVIN.stream, last="R_s =")
 with patch.object(lavin, "pick", wraps=lavin.pick) as pick:  # records p of each step
     answer = model.generate(batch, 40, tokenizer.eos, temperature=0)[0] + [tokenizer.eos]
 p_R = [call.args[0][0, t].item() for call, t in zip(pick.call_args_list, answer)]
