@@ -24,11 +24,11 @@ the image.
 Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0 and z' = z. At first, only
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
-Why phi_u1 and phi_u2 become different, though both start at zero. The gradient of phi_u1 is the sum of w_0 g
-over the samples, that of phi_u2 the sum of w_1 g, with the same g. If all samples had the same w, the two
-sums would be parallel. AdamW nearly ignores their lengths, so it would keep phi_u1 and phi_u2 equal. But text
-and images have different w from the start, because E_m and f_w start at random. So the two sums differ in
-direction. (In the ViT, w varies little between images, so there phi_u1 and phi_u2 stay similar.)
+Why phi_u1 and phi_u2 become different, though both start at zero. Let g be the gradient that a sample would
+give to each if its weight were 1. So phi_u1 gets the sum of w_0 g over the samples, phi_u2 that of w_1 g. If
+all samples had the same w, the two sums would be parallel. AdamW nearly ignores their lengths, so it would
+keep phi_u1 and phi_u2 equal. But text and images have different w from the start: E_m and f_w start at
+random. (In the ViT, w varies little between images, so there phi_u1 and phi_u2 stay similar.)
 
 Shapes: z is [images, T, d] in the ViT, and [rows, T, d] in LLaMA. In training, LLaMA has a single row, in
 which all samples lie end to end. T tokens, d width, r hidden units (8).

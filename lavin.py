@@ -67,7 +67,8 @@ class LaVIN(nn.Module):
         self.cfg, self.llama = cfg, llama
         self.vit = vit if cfg.vision else None
         self.loss = negative_log_likelihood  # train.py replaces it by a version that needs less memory
-        kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]  # all new modules are in fp32
+        # the new modules are in torch's default dtype, fp32, also when the base is in bf16
+        kind = {"mm": MMAdapter, "rep": RepAdapter}[cfg.adapter.kind]
         for layer in llama.layers:
             layer.adapter_attn = kind(llama.cfg.dim, cfg.adapter)
         if cfg.adapter.kind == "mm":

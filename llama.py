@@ -122,7 +122,7 @@ class Attention(nn.Module):
     def forward(self, z, rope, attend):
         B, T, C = z.shape
         q, k, v = (linear(z).view(B, T, -1, self.D) for linear in (self.wq, self.wk, self.wv))
-        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # in forward, prefill, decode, route
+        y = attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # made by forward, prefill, decode, route
         return self.wo(y.reshape(B, T, C))
 
 

@@ -111,8 +111,9 @@ def main() -> None:
     tokenizer = Tokenizer(cfg.llama, model.llama.cfg.vocab_size)
     # merge LLaMA's adapters into wq, wk and wv (adapters.fold): the answers stay the same, up to rounding,
     # but a token costs less. A question needs W' and b' of its own modality; a chat needs both, because
-    # /image may change the modality. FoldedLaVIN (speed/step.py) inherits `stream`. Its `pack` puts W' and b'
-    # of the prompt's modality into the blocks, and returns w = None. With --bits 4, nothing is merged
+    # /image may change the modality. FoldedLaVIN (speed/step.py) inherits `stream`. Its blocks have no
+    # adapters. Its `pack` puts W' and b' of the prompt's modality into wq, wk and wv, and returns w = None.
+    # With --bits 4, nothing is merged
     model = fold_adapters(model, cfg)
     conversation = Conversation(model, meta, tokenizer)
     conversation.start(cfg.image or None)
