@@ -25,7 +25,7 @@ Why an untrained MM-Adapter is the identity. phi_u starts at zero, so f_a(z) = 0
 phi_u and the neck have nonzero gradients: phi_d, f_w and E_m act only through phi_u, which is zero.
 
 Why phi_u1 and phi_u2 become different, though both start at zero. Let g be the gradient that a sample would
-give to each if its weight were 1. So phi_u1 gets the sum of w_0 g over the samples, phi_u2 that of w_1 g. If
+give to both if w were (1, 1). Then phi_u1 gets the sum of w_0 g over the samples, phi_u2 that of w_1 g. If
 all samples had the same w, the two sums would be parallel. AdamW nearly ignores their lengths, so it would
 keep phi_u1 and phi_u2 equal. But text and images have different w from the start: E_m and f_w start at
 random. (In the ViT, w varies little between images, so there phi_u1 and phi_u2 stay similar.)

@@ -147,7 +147,7 @@ def read_data(cfg: Config) -> tuple[list, list]:
     return training, test_problems
 
 
-def prepare(cfg: Config, device, dtype, say=cli.say) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
+def prepare(cfg: Config, device, dtype) -> tuple[LaVIN, Tokenizer, data.Steps, list]:
     """Model, tokenizer, training batches, and the problems that are answered after training."""
     training, test_problems = read_data(cfg)
     model, tokenizer = build(cfg, device, dtype)
@@ -155,7 +155,7 @@ def prepare(cfg: Config, device, dtype, say=cli.say) -> tuple[LaVIN, Tokenizer, 
     examples = []
     for source, samples in training:
         kept, count = data.encode_all(samples, tokenizer, n_visual, cfg.max_len)
-        say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
+        cli.say(f"data {source}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
         examples += kept
     if not examples:
         raise ValueError(f"{cfg.data}: no sample of the train split has a response within --max_len")
@@ -176,13 +176,14 @@ def loader_of(dataset: data.Steps, first: int, stop: int, workers: int, device: 
 
 
 def summary(cfg: Config, theta_a: dict, per_epoch: int, total: int, warmup: int) -> str:
-    """What a run prints before it starts, such as "2 micro-batches x 4 processes x 4 samples = 32 .."."""
+    """What a run prints before it starts. A batch may be "2 accumulation steps x 4 processes x 4 samples"."""
     _, ranks = cli.processes()
     n_trained = sum(p.numel() for p in theta_a.values())
-    micro = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
+    accumulation = math.ceil(cfg.batch_size / (cfg.micro_batch * ranks))
     return (f"{n_trained:,} trainable parameters; {total} steps, {per_epoch} an epoch, {warmup} for warm-up; "
-            f"{micro} micro-batches x {ranks} processes x {cfg.batch_size / micro / ranks:g} samples = "
-            f"{cfg.batch_size} samples a step; peak lr {cfg.lr * cfg.batch_size / 256:.2e}"
+            f"{accumulation} accumulation steps x {ranks} processes x "
+            f"{cfg.batch_size / accumulation / ranks:g} samples = {cfg.batch_size} samples a step; "
+            f"peak lr {cfg.lr * cfg.batch_size / 256:.2e}"
             + ("; sharded, so without a test" if cfg.shard else ""))
 
 

@@ -92,7 +92,7 @@ print("w_0 in the ViT, for demo.png and for the same image with red and blue exc
 equation(4, "training", train.train, last="optimizer.step()")
 print("We check the gradient of phi_d.bias in the ViT's block 0, the block that backward() reaches last. If\n"
       "the same number e is added to all its entries, dL/de is the sum of bias.grad. naive.py computes\n"
-      "(L(e) - L(-e)) / 2e. R is wrong on purpose, 'The answer is B.': with the right R, L is almost 0.")
+      "(L(e) - L(-e)) / 2e. R is wrong on purpose, 'The answer is B.': for the right R, both are almost 0.")
 with torch.enable_grad():
     model(wrong_batch).backward()
 assert all((x.grad is not None) == ("adapter_" in n) for n, x in model.named_parameters()), "others train"

@@ -8,8 +8,10 @@ Every run sees each of the 2,560 training problems of its world once: 80 steps o
 length, with the demo's other flags. Seeds differ in the new adapters and the order of the problems, not in
 the problems. A standard error here is over seeds: a difference says nothing of other problems.
 """
+import contextlib
 import copy
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -145,7 +147,8 @@ def build(run: Run, options: Options) -> tuple[LaVIN, object, list, train.Config
     clip = TINY / "clip" if run.encoder == "whole" else Path(options.work, "half_clip")
     cfg = train.Config(llama=str(TINY / "llama"), clip=str(clip), data=str(Path(options.work, run.world)),
                        seed=run.seed, split="", epochs=1.0, **run.flags)
-    model, tokenizer, dataset, _ = train.prepare(cfg, torch.device("cpu"), torch.float32, lambda *_: None)
+    with contextlib.redirect_stderr(io.StringIO()):  # without the counts of samples
+        model, tokenizer, dataset, _ = train.prepare(cfg, torch.device("cpu"), torch.float32)
     if run.lora:
         torch.manual_seed(run.seed)
         model = LoRALaVIN(model.llama, model.vit, model.cfg, run.lora)
